@@ -44,6 +44,7 @@ def test_defaults_are_plain_sampling() -> None:
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
         ("repetition_penalty", math.nan),
+        ("repetition_penalty", 10**400),
         ("presence_penalty", 2.1),
         ("presence_penalty", -2.1),
         ("frequency_penalty", math.nan),
@@ -76,7 +77,7 @@ def test_a_wrong_value_is_refused_with_field_value_and_remedy(field: str, value:
         SamplingParams(**{field: value})  # type: ignore[arg-type]
 
     assert str(caught.value).startswith(f"{field}={value!r}")
-    assert "give" in str(caught.value) or "turns it off" in str(caught.value)
+    assert "give" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,7 @@ def test_a_wrong_value_is_refused_with_field_value_and_remedy(field: str, value:
         ("max_tokens", 0),
         ("temperature", 0),
         ("temperature", 1e-30),
+        ("temperature", 1000),
         ("top_k", 10**9),
         ("top_p", 0),
         ("top_p", 1),

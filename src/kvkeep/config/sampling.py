@@ -1,6 +1,5 @@
 """How the next token of a request is chosen, and when the request ends."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,11 +16,11 @@ class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
 
     Choice, applied in this order:
-        repetition_penalty: Above 0, 1 = off. Divides positive and multiplies negative logits of
-            every token that occurs in the prompt or the output (CTRL, arXiv:1909.05858).
+        repetition_penalty: 0.01 to 100, 1 = off. Divides positive and multiplies negative
+            logits of every token that occurs in the prompt or the output (CTRL, arXiv:1909.05858).
         presence_penalty: -2 to 2. Subtracted from the logit of tokens that occur in the output.
         frequency_penalty: -2 to 2. Subtracted once per occurrence in the output.
-        temperature: 0 or more. Divides the logits; 0 takes the most likely token.
+        temperature: 0 to 1000. Divides the logits; 0 takes the most likely token.
         top_k: Keep the k most likely tokens, 0 = off; 1 takes the most likely token.
         min_p: 0 to 1, 0 = off. Keep tokens at least this likely relative to the most likely one.
         top_p: 0 to 1, 1 = off. Keep the fewest most likely tokens that reach this share of what
@@ -62,13 +61,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _require_int("max_tokens", self.max_tokens, least=0)
-        _require_number("temperature", self.temperature, least=0.0)
+        _require_number("temperature", self.temperature, least=0.0, most=1000.0)
         _require_int("top_k", self.top_k, least=0)
         _require_number("top_p", self.top_p, least=0.0, most=1.0)
         _require_number("min_p", self.min_p, least=0.0, most=1.0)
-        _require_number("repetition_penalty", self.repetition_penalty, least=0.0)
-        if self.repetition_penalty == 0:
-            raise ConfigError("repetition_penalty=0 is not above 0; 1 turns it off")
+        # Beyond these a logit overflows float32.
+        _require_number("repetition_penalty", self.repetition_penalty, least=0.01, most=100.0)
         _require_number("presence_penalty", self.presence_penalty, least=-2.0, most=2.0)
         _require_number("frequency_penalty", self.frequency_penalty, least=-2.0, most=2.0)
         if self.seed is not None:
@@ -118,11 +116,11 @@ def _require_int(
         raise ConfigError(f"{field}={value} is out of range; give {_allowed(least, most)}")
 
 
-def _require_number(field: str, value: object, *, least: float, most: float | None = None) -> None:
+def _require_number(field: str, value: object, *, least: float, most: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ConfigError(f"{field}={value!r} is not a number; give {_allowed(least, most)}")
-    # NaN compares false with everything, so it must be asked for by name.
-    if not math.isfinite(value) or value < least or (most is not None and value > most):
+    # Asked this way round because NaN compares false with everything.
+    if not least <= value <= most:
         raise ConfigError(f"{field}={value} is out of range; give {_allowed(least, most)}")
 
 
