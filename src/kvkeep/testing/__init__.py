@@ -1,0 +1,1 @@
+"""Tiny models, the oracle and the conformance suites that kvkeep is tested with."""
