@@ -1,0 +1,65 @@
+# kvkeep: every task a contributor needs. `make` alone lists them.
+
+PYTHON ?=
+VENV ?= .venv
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+SOAK_ARGS ?=
+
+BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime-installed
+DEVELOPMENT := $(VENV)/.development-installed
+INSTALL_INPUTS := pyproject.toml scripts/make_venv.sh scripts/install_torch.py
+# The checks look at the parts of the tree that exist.
+CODE := $(wildcard src models benchmarks tests scripts examples)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-gpu check format bench soak docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(RUNTIME): $(INSTALL_INPUTS)
+	@sh scripts/make_venv.sh "$(VENV)" "$(PYTHON)"
+	@$(BIN)/python scripts/install_torch.py
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(DEVELOPMENT): $(RUNTIME)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+setup: $(DEVELOPMENT) ## create .venv with kvkeep and the development tools in it
+
+demo: $(RUNTIME) ## show what the cache does, on the bundled model
+	$(BIN)/kvkeep demo
+
+test: $(DEVELOPMENT) ## run the tests (PYTEST_ARGS="-n 2 -k name" to choose)
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+test-gpu: $(DEVELOPMENT) ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+check: $(DEVELOPMENT) ## format, lint, types, layers, sizes
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy $(CODE)
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/python scripts/check_sizes.py
+
+format: $(DEVELOPMENT) ## format the code and fix what the linter can fix
+	$(BIN)/ruff check --fix --exit-zero --quiet $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+docs: $(DEVELOPMENT) ## check links, examples and the command line help in the documents
+	$(BIN)/python scripts/check_docs.py
+
+bench: $(DEVELOPMENT) ## run every benchmark and write benchmarks/results/
+	$(BIN)/python -m benchmarks.run_all $(BENCH_ARGS)
+
+soak: $(DEVELOPMENT) ## run the long random test of a whole server
+	$(BIN)/python -m benchmarks.soak $(SOAK_ARGS)
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find $(wildcard src models benchmarks tests scripts examples) -name __pycache__ -prune -exec rm -rf {} +
