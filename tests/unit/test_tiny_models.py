@@ -266,4 +266,4 @@ def test_the_recurrent_models_are_tested_across_a_chunk_of_their_scan() -> None:
         step = model(torch.tensor([prompt]), use_cache=True)
         for position, token in enumerate(rest, start=len(prompt)):
             step = model(torch.tensor([[token]]), past_key_values=step.past_key_values)
-            assert largest_difference(step.logits[0, -1], whole[position]) < 1e-3
+            assert largest_difference(step.logits[0, -1], whole[position]) < 5e-4

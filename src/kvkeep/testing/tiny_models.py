@@ -37,13 +37,13 @@ _SLIDING, _FULL, _CHUNKED, _LINEAR, _CONV = (
 class TinyArchitecture:
     """How to build one tiny model.
 
-    `settings` go to the config of `model_type`. `parameter_std` maps the end of a parameter's name
-    to the standard deviation of its values, for the weights that need their own.
+    `settings` go to the config of `model_type`. `normals` maps the end of a parameter's name to the
+    mean and standard deviation of its values, for the weights that need their own.
     """
 
     model_type: str
     settings: Mapping[str, object]
-    parameter_std: Mapping[str, float] = field(default_factory=dict)
+    normals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 # Settings that most families spell the same way: grouped queries (two query heads per KV head) and
@@ -81,7 +81,7 @@ _TINY: Mapping[str, TinyArchitecture] = {
         # The real models have key biases far larger than the rest of a key.
         model_type="qwen2",
         settings=_settings("head_dim", hidden_size=64),
-        parameter_std={"k_proj.bias": 3.0},
+        normals={"k_proj.bias": (0.0, 3.0)},
     ),
     "qwen3": TinyArchitecture(model_type="qwen3", settings=_settings()),
     "mistral": TinyArchitecture(
@@ -160,7 +160,7 @@ _TINY: Mapping[str, TinyArchitecture] = {
             num_experts_per_tok=2,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         ),
-        parameter_std={"sinks": 1.0},
+        normals={"sinks": (0.0, 1.0)},
     ),
     "olmo3": TinyArchitecture(
         model_type="olmo3",
@@ -179,7 +179,7 @@ _TINY: Mapping[str, TinyArchitecture] = {
         settings=_settings(
             num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
         ),
-        parameter_std={"mlp.gate.weight": 0.5},
+        normals={"mlp.gate.weight": (0.0, 0.5)},
     ),
     "deepseek_v3": TinyArchitecture(
         model_type="deepseek_v3",
@@ -233,7 +233,7 @@ _TINY: Mapping[str, TinyArchitecture] = {
             num_kv_heads=2,
             new_decoder_architecture=True,
         ),
-        parameter_std={"query_key_value.weight": 0.3, "self_attention.dense.weight": 0.25},
+        normals={"query_key_value.weight": (0.0, 0.3), "self_attention.dense.weight": (0.0, 0.25)},
     ),
     "falcon_alibi": TinyArchitecture(
         model_type="falcon",
@@ -246,7 +246,7 @@ _TINY: Mapping[str, TinyArchitecture] = {
             parallel_attn=False,
             bias=True,
         ),
-        parameter_std={"query_key_value.weight": 0.25, "self_attention.dense.weight": 1.0},
+        normals={"query_key_value.weight": (0.0, 0.25), "self_attention.dense.weight": (0.0, 1.0)},
     ),
     "bloom": TinyArchitecture(
         model_type="bloom",
@@ -260,12 +260,13 @@ _TINY: Mapping[str, TinyArchitecture] = {
             n_layer=3,
             n_head=4,
         ),
-        parameter_std={"query_key_value.weight": 0.25, "self_attention.dense.weight": 0.5},
+        normals={"query_key_value.weight": (0.0, 0.25), "self_attention.dense.weight": (0.0, 0.5)},
     ),
     "qwen3_next": TinyArchitecture(
         model_type="qwen3_next",
         settings=_settings(
             **_layers(_LINEAR, _LINEAR, _FULL, _LINEAR),
+            rms_norm_eps=1e-3,
             linear_num_key_heads=2,
             linear_num_value_heads=4,
             linear_key_head_dim=8,
@@ -276,14 +277,15 @@ _TINY: Mapping[str, TinyArchitecture] = {
             moe_intermediate_size=32,
             shared_expert_intermediate_size=32,
         ),
-        parameter_std={"conv1d.weight": 0.5},
+        # A slow decay, so that heads remember far and do not amplify rounding noise.
+        normals={"conv1d.weight": (0.0, 0.5), "A_log": (-3.0, 1.0), "dt_bias": (0.0, 0.5)},
     ),
     "lfm2": TinyArchitecture(
         model_type="lfm2",
         settings=_settings(
             "head_dim", hidden_size=64, **_layers(_CONV, _FULL, _CONV, _FULL), conv_L_cache=3
         ),
-        parameter_std={"conv.conv.weight": 0.5},
+        normals={"conv.conv.weight": (0.0, 0.5)},
     ),
 }
 
@@ -317,7 +319,7 @@ def build_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        _spread_weights(model, _TINY[name].parameter_std)
+        _spread_weights(model, _TINY[name].normals)
         if dtype != torch.float32:
             exact = model
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -327,13 +329,14 @@ def build_tiny(
 
 
 @torch.no_grad()
-def _spread_weights(model: PreTrainedModel, parameter_std: Mapping[str, float]) -> None:
+def _spread_weights(model: PreTrainedModel, own_normals: Mapping[str, tuple[float, float]]) -> None:
     """Draw matrices from a wide normal; add noise to vectors (norms, biases) as initialised."""
-    spreads = {"lm_head.weight": _LM_HEAD_STD, **parameter_std}
+    normals = {"lm_head.weight": (0.0, _LM_HEAD_STD), **own_normals}
     for name, parameter in sorted(model.named_parameters()):
-        own_std = next((std for ending, std in spreads.items() if name.endswith(ending)), None)
-        if own_std is not None:
-            parameter.normal_(0.0, own_std)
+        own = next((normal for ending, normal in normals.items() if name.endswith(ending)), None)
+        if own is not None:
+            mean, std = own
+            parameter.normal_(mean, std)
         elif parameter.dim() >= 2:
             parameter.normal_(0.0, _MATRIX_STD)
         else:
