@@ -14,7 +14,8 @@ INSTALL_INPUTS := pyproject.toml scripts/make_venv.sh scripts/install_torch.py
 CODE := $(wildcard src models benchmarks tests scripts examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu check format bench soak docs clean
+.PHONY: help setup demo test test-gpu format bench soak docs clean
+.PHONY: check check-format check-lint check-types check-layers check-sizes
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,11 +41,21 @@ test: $(DEVELOPMENT) ## run the tests (PYTEST_ARGS="-n 2 -k name" to choose)
 test-gpu: $(DEVELOPMENT) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-check: $(DEVELOPMENT) ## format, lint, types, layers, sizes
+check: check-format check-lint check-types check-layers check-sizes ## all checks (make -k check goes on after a fault)
+
+check-format: $(DEVELOPMENT)
 	$(BIN)/ruff format --check $(CODE)
+
+check-lint: $(DEVELOPMENT)
 	$(BIN)/ruff check $(CODE)
+
+check-types: $(DEVELOPMENT)
 	$(BIN)/mypy $(CODE)
+
+check-layers: $(DEVELOPMENT)
 	$(BIN)/lint-imports --no-cache --no-logo
+
+check-sizes: $(DEVELOPMENT)
 	$(BIN)/python scripts/check_sizes.py
 
 format: $(DEVELOPMENT) ## format the code and fix what the linter can fix

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvkeep.cache.explain import Receipt
+    from kvkeep.cache import Receipt
     from kvkeep.config import CacheOptions, SamplingParams
     from kvkeep.errors import (
         CapacityError,
@@ -56,7 +56,7 @@ _NAME_TO_MODULE = {
     "Coverage": "kvkeep.planning",
     "KVKeepError": "kvkeep.errors",
     "KeepCache": "kvkeep.hf.generate_cache",
-    "Receipt": "kvkeep.cache.explain",
+    "Receipt": "kvkeep.cache",
     "RequestError": "kvkeep.errors",
     "SamplingError": "kvkeep.errors",
     "SamplingParams": "kvkeep.config",
