@@ -1,0 +1,106 @@
+"""The arenas of all KV groups of a model, sized from one number of bytes."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kvkeep.arena.arena import Arena
+from kvkeep.arena.states import StateArena
+from kvkeep.config.sizes import format_bytes
+from kvkeep.errors import CapacityError
+from kvkeep.spec import BlockId, GroupSpec, KVSpec, LayerKind
+
+__all__ = ["ArenaGroups", "fit_blocks"]
+
+# The share of memory that recurrent states may take: running ones first, the rest for resuming.
+_STATE_SHARE = 0.25
+
+
+def fit_blocks(
+    spec: KVSpec, capacity_bytes: int, *, max_requests: int, max_batch_tokens: int
+) -> list[int]:
+    """How many blocks each group gets from `capacity_bytes`.
+
+    A windowed group needs no more than the windows of all running requests, twice over so that finished
+    ones stay reusable; recurrent states take at most a quarter; full attention gets all the rest. Raises
+    CapacityError with the numbers when not even one block a group fits.
+    """
+    size = spec.block_size
+    bounds = [
+        _bounded_need(group, size, max_requests, max_batch_tokens, capacity_bytes)
+        for group in spec.groups
+    ]
+    remaining = capacity_bytes
+    num_blocks = [0] * len(spec.groups)
+    # Those with a bounded need first, each capped so that equal shares in blocks stay possible.
+    order = sorted(range(len(bounds)), key=lambda at: bounds[at] or capacity_bytes)
+    while order:
+        rest_bytes = sum(spec.groups[at].block_bytes(size) for at in order)
+        share = remaining // rest_bytes
+        at = order.pop(0)
+        bound = bounds[at]
+        num_blocks[at] = share if bound is None else min(share, bound)
+        remaining -= num_blocks[at] * spec.groups[at].block_bytes(size)
+    if min(num_blocks) < 1:
+        raise CapacityError(
+            f"capacity={format_bytes(capacity_bytes)} is less than one block of {size} tokens in every "
+            f"group ({format_bytes(spec.block_bytes())}); give more memory or a smaller block_size"
+        )
+    return num_blocks
+
+
+def _bounded_need(
+    group: GroupSpec, size: int, max_requests: int, max_batch_tokens: int, capacity_bytes: int
+) -> int | None:
+    if group.kind is LayerKind.RECURRENT:
+        return max(1, int(_STATE_SHARE * capacity_bytes) // group.block_bytes(size))
+    if group.window is None:
+        return None
+    return 2 * max_requests * (group.window // size + 2) + max_batch_tokens // size
+
+
+class ArenaGroups:
+    """One arena per group; the BlockStore of a KVCache.
+
+    With `poison` every block that is freed or handed out is filled with NaN, so that reading what nobody
+    wrote shows up in the output: for tests.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        group_num_blocks: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        poison: bool = False,
+    ) -> None:
+        self._poison = poison
+        self.arenas: dict[int, Arena] = {}
+        self.states: dict[int, StateArena] = {}
+        for at, (group, num_blocks) in enumerate(zip(spec.groups, group_num_blocks, strict=True)):
+            if group.kind is LayerKind.RECURRENT:
+                self.states[at] = StateArena(num_blocks)
+            else:
+                self.arenas[at] = Arena(
+                    group, spec.block_size, num_blocks, dtype=dtype, device=device
+                )
+
+    def copy_block(self, group: int, source: BlockId, target: BlockId) -> None:
+        """Copy the whole content of `source` to `target`."""
+        if group in self.states:
+            self.states[group].copy(source, target)
+        else:
+            arena = self.arenas[group]
+            arena.block(target).copy_(arena.block(source))
+
+    def reset_state(self, group: int, block: BlockId) -> None:
+        """Make a recurrent state the one before the first token."""
+        self.states[group].reset([block])
+
+    def poison(self, group: int, blocks: Sequence[BlockId]) -> None:
+        """Release what freed states hold; fill blocks with NaN where that was asked for."""
+        if group in self.states:
+            self.states[group].reset(blocks)
+        elif self._poison:
+            self.arenas[group].fill(blocks, float("nan"))

@@ -1,0 +1,19 @@
+"""Who holds which block: keys, pool, index. No tensors."""
+
+from kvkeep.blocks.index import BlockIndex, Entry, PartialMatch
+from kvkeep.blocks.keys import Namespace, TokenChain, pack_tokens
+from kvkeep.blocks.ledger import BlockLedger
+from kvkeep.blocks.pool import Allocation, BlockPool, BlockState
+
+__all__ = [
+    "Allocation",
+    "BlockIndex",
+    "BlockLedger",
+    "BlockPool",
+    "BlockState",
+    "Entry",
+    "Namespace",
+    "PartialMatch",
+    "TokenChain",
+    "pack_tokens",
+]

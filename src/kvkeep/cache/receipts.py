@@ -1,0 +1,74 @@
+"""Counted answers: what was reused, dropped, is held, or is wrong."""
+
+from dataclasses import dataclass, field
+
+__all__ = ["CacheStats", "DropReceipt", "GroupStats", "Receipt", "VerifyReport"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Receipt:
+    """What one request cost: `prompt_tokens == reused_tokens + computed_tokens`.
+
+    `tokens_by_source` splits the prompt tokens by where their K/V came from: "device", a tier's
+    name, or "computed". `recomputed_tokens` were computed again after the request was preempted.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int
+    computed_tokens: int
+    output_tokens: int
+    tokens_by_source: dict[str, int] = field(default_factory=dict)
+    recomputed_tokens: int = 0
+    num_preemptions: int = 0
+    first_token_s: float | None = None
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropReceipt:
+    """What a drop or clear forgot. Blocks held by running requests stay with these alone."""
+
+    num_blocks: int
+    num_bytes: int
+    num_held: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupStats:
+    """Blocks of one KV group: `in_use + reusable + free == num_blocks`."""
+
+    name: str
+    layers: tuple[int, ...]
+    num_blocks: int
+    block_bytes: int
+    in_use: int
+    reusable: int
+    free: int
+    num_evictions: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheStats:
+    """What the device arena holds, in bytes: `in_use + reusable + free == capacity`."""
+
+    capacity_bytes: int
+    in_use_bytes: int
+    reusable_bytes: int
+    free_bytes: int
+    open_leases: int
+    reused_tokens: int
+    computed_tokens: int
+    groups: tuple[GroupStats, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """What `verify` found; `problems` is empty when every invariant holds."""
+
+    blocks_checked: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every invariant holds."""
+        return not self.problems

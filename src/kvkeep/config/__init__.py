@@ -1,0 +1,8 @@
+"""Settings: frozen, keyword-only, validated once."""
+
+from kvkeep.config.cache_options import CacheOptions
+from kvkeep.config.engine import EngineSettings
+from kvkeep.config.sampling import SamplingParams
+from kvkeep.config.sizes import parse_bytes
+
+__all__ = ["CacheOptions", "EngineSettings", "SamplingParams", "parse_bytes"]

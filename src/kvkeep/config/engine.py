@@ -1,0 +1,56 @@
+"""Settings of an engine: memory, batch and mode."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Self
+
+from kvkeep.errors import ConfigError
+
+__all__ = ["EngineSettings"]
+
+_MODES = ("auto", "native", "gather", "hybrid", "dense")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """How much memory, how many tokens a step, and how the model is run.
+
+    `capacity` is bytes, "2GB" or a share of free memory ("20%"). `max_batch_tokens` bounds the tokens
+    of a step and `max_requests` the requests that run at once. `max_context` (tokens of prompt and
+    output) defaults to the model's own. `mode` "auto" takes the first that passes the self-test;
+    `poison` fills freed blocks with NaN, for tests.
+    """
+
+    block_size: int = 32
+    capacity: int | str = "2GB"
+    max_batch_tokens: int = 2048
+    max_requests: int = 64
+    max_context: int | None = None
+    policy: str = "lru"
+    mode: str = "auto"
+    self_test: bool = True
+    poison: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """Settings from names and values; an unknown name is an error that suggests the nearest."""
+        names = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in names:
+                near = get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
+                raise ConfigError(f"{name}={options[name]!r} is no setting; {hint}")
+        return cls(**options)
+
+    def __post_init__(self) -> None:
+        for field in ("block_size", "max_batch_tokens", "max_requests", "max_context"):
+            value = getattr(self, field)
+            if field == "max_context" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{field}={value!r} is not a positive integer; give at least 1")
+        if self.policy not in ("lru", "slru"):
+            raise ConfigError(f"policy={self.policy!r} is unknown; choose lru or slru")
+        if self.mode not in _MODES:
+            raise ConfigError(f"mode={self.mode!r} is unknown; choose one of {', '.join(_MODES)}")

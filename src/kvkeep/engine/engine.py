@@ -1,0 +1,234 @@
+"""Many requests over one model: plan, run, commit, sample.
+
+Synchronous, and owned by one thread. Asking for work is `add`; doing it is `step`.
+"""
+
+from collections.abc import Collection, Sequence
+from itertools import count
+
+from torch import Tensor
+
+from kvkeep.blocks import Namespace, TokenChain
+from kvkeep.config import CacheOptions, EngineSettings, SamplingParams
+from kvkeep.engine.detokenizer import TokenDecoder
+from kvkeep.engine.generation import EndTokens, Generation, OutputStream
+from kvkeep.engine.outputs import FinishReason, Piece
+from kvkeep.engine.sampler import InvalidLogitsError, Sampled, Sampler
+from kvkeep.errors import CapacityError, RequestError
+from kvkeep.hf.install import InstalledModel
+from kvkeep.hf.paged_model import Work
+from kvkeep.scheduling import PlannedWork, Request, Scheduler
+from kvkeep.spec import RequestId
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Serves requests by continuous batching; see Scheduler for who runs when."""
+
+    def __init__(
+        self,
+        installed: InstalledModel,
+        settings: EngineSettings,
+        *,
+        tokenizer: TokenDecoder | None = None,
+        eos_ids: Collection[int] = (),
+    ) -> None:
+        self.installed = installed
+        self.cache = installed.cache
+        self.settings = settings
+        self._tokenizer = tokenizer
+        self._end = EndTokens(frozenset(eos_ids), installed.max_context)
+        self._sampler = Sampler()
+        self._scheduler = Scheduler(
+            self.cache,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_requests=settings.max_requests,
+        )
+        self._ids = count()
+        self._generations: dict[RequestId, Generation] = {}
+        self._request_to_output: dict[Request, tuple[Generation, OutputStream]] = {}
+        self.num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some request is not finished."""
+        return bool(self._generations)
+
+    def chain(self, token_ids: Sequence[int], salt: str | None = None) -> TokenChain:
+        """The token chain of a prompt in this model's namespace."""
+        return TokenChain(self.namespace(salt).root_key(), self.settings.block_size, token_ids)
+
+    def namespace(self, salt: str | None) -> Namespace:
+        """Who shares blocks with requests of this salt."""
+        own = self.installed.namespace
+        return Namespace(
+            model=own.model,
+            positions=own.positions,
+            kv_format=own.kv_format,
+            block_size=own.block_size,
+            salt=salt or "",
+        )
+
+    def add(
+        self, prompt_ids: Sequence[int], params: SamplingParams, options: CacheOptions
+    ) -> RequestId:
+        """Queue a prompt. Raises RequestError for one that is malformed, CapacityError for one too big."""
+        chain = self.chain(prompt_ids, options.salt)
+        self._refuse_misfits(chain, params)
+        request_id = RequestId(next(self._ids))
+        request = Request(request_id, chain, params, options)
+        first = OutputStream(request, 0, list(prompt_ids), self._tokenizer)
+        generation = Generation(request_id, first)
+        self._generations[request_id] = generation
+        self._request_to_output[request] = (generation, first)
+        self._scheduler.add(request)
+        return request_id
+
+    def abort(self, request_id: RequestId) -> list[Piece]:
+        """End a request; its finished blocks stay cached. Unknown or finished ids give no piece."""
+        generation = self._generations.get(request_id)
+        if generation is None:
+            return []
+        generation.num_expected = len(generation.outputs)
+        running = [output for output in generation.outputs if output.finish_reason is None]
+        return [self._finish(generation, output, FinishReason.ABORT) for output in running]
+
+    def step(self) -> list[Piece]:
+        """Compute one batch of spans; returns what it added to each output.
+
+        When the model fails, the requests of the batch are ended before its error is passed on, so that
+        the engine can go on with the others.
+        """
+        plan = self._scheduler.plan()
+        if not plan.work:
+            return []
+        self.num_steps += 1
+        try:
+            logits_RV = self._run(plan.work)
+        except Exception:
+            for work in plan.work:
+                self.abort(self._request_to_output[work.request][0].request_id)
+            raise
+        for work in plan.work:
+            self.cache.commit(work.request.held_lease(), work.spans)
+        return self._advance(plan.work, logits_RV)
+
+    def _run(self, planned: Sequence[PlannedWork]) -> Tensor:
+        work = [
+            Work(item.request.held_lease(), item.spans, wants_logits=_wants_logits(item))
+            for item in planned
+        ]
+        return self.installed.paged.forward(work)
+
+    def _advance(self, planned: Sequence[PlannedWork], logits_RV: Tensor) -> list[Piece]:
+        """Choose the next token of every request that has computed all it knew."""
+        pieces: list[Piece] = []
+        rows: list[int] = []
+        outputs: list[tuple[Generation, OutputStream]] = []
+        wanting = [item for item in planned if _wants_logits(item)]
+        for item in planned:
+            if item.is_last and item.request.params.max_tokens == 0:
+                generation, output = self._request_to_output[item.request]
+                pieces.append(self._finish(generation, output, FinishReason.LENGTH))
+        for row, item in enumerate(wanting):
+            generation, output = self._request_to_output[item.request]
+            siblings = self._fork(generation) if output is generation.outputs[0] else []
+            for one in [output, *siblings]:
+                rows.append(row)
+                outputs.append((generation, one))
+        if not outputs:
+            return pieces
+        logits_BV = logits_RV if len(rows) == logits_RV.shape[0] else logits_RV[rows]
+        return pieces + self._choose(outputs, logits_BV)
+
+    def _choose(
+        self, outputs: Sequence[tuple[Generation, OutputStream]], logits_BV: Tensor
+    ) -> list[Piece]:
+        try:
+            sampled = self._sampler.sample(logits_BV, [output.row for _, output in outputs])
+        except InvalidLogitsError as error:
+            bad = set(error.rows)
+            pieces = [self._finish(*outputs[at], FinishReason.ERROR) for at in error.rows]
+            good = [at for at in range(len(outputs)) if at not in bad]
+            rest = [outputs[at] for at in good]
+            return pieces + (self._choose(rest, logits_BV[good]) if rest else [])
+        return [
+            self._accept(generation, output, one)
+            for (generation, output), one in zip(outputs, sampled, strict=True)
+        ]
+
+    def _accept(self, generation: Generation, output: OutputStream, sampled: Sampled) -> Piece:
+        text = output.accept(sampled, self._end)
+        output.request.held_lease().append([sampled.token_id])
+        if output.finish_reason is not None:
+            self._close(generation, output)
+        return generation.piece(output, [sampled], text)
+
+    def _finish(self, generation: Generation, output: OutputStream, reason: FinishReason) -> Piece:
+        text = output.finish(reason)
+        self._close(generation, output)
+        return generation.piece(output, [], text)
+
+    def _close(self, generation: Generation, output: OutputStream) -> None:
+        self._scheduler.finish(output.request)
+        del self._request_to_output[output.request]
+        if generation.is_finished:
+            del self._generations[generation.request_id]
+
+    def _fork(self, generation: Generation) -> list[OutputStream]:
+        """Outputs 2 to n, once the prompt is computed: they share its blocks, and its logits if they fit.
+
+        One for which there is no seat or no room waits in the queue and finds the prompt in the cache.
+        """
+        first = generation.outputs[0]
+        forked = []
+        for choice in range(len(generation.outputs), generation.num_expected):
+            lease = None
+            if self._scheduler.has_seat():
+                lease = self.cache.fork(first.request.held_lease())
+            chain = lease.chain if lease else first.request.chain.fork()
+            request = Request(
+                RequestId(next(self._ids)), chain, generation.params, first.request.options
+            )
+            prompt_ids = chain.tokens(0, first.request.num_prompt)
+            output = OutputStream(request, choice, prompt_ids, self._tokenizer)
+            generation.outputs.append(output)
+            self._request_to_output[request] = (generation, output)
+            if lease is None:
+                self._scheduler.add(request)
+            else:
+                self._scheduler.add_running(request, lease)
+                forked.append(output)
+        return forked
+
+    def _refuse_misfits(self, chain: TokenChain, params: SamplingParams) -> None:
+        vocabulary = self.installed.vocab_size
+        if not len(chain):
+            raise RequestError("prompt has 0 tokens; give at least one")
+        largest = max(chain.tokens())
+        if largest >= vocabulary:
+            raise RequestError(
+                f"prompt has token id {largest}, but the model knows ids below {vocabulary}; "
+                "tokenize it with the model's own tokenizer"
+            )
+        if len(chain) > self._end.max_context - min(1, params.max_tokens):
+            raise RequestError(
+                f"prompt has {len(chain)} tokens, but the longest context is {self._end.max_context} with "
+                "the output; shorten the prompt"
+            )
+        longest = min(len(chain) + params.max_tokens, self._end.max_context)
+        needed = self.cache.blocks_needed(longest, self.settings.max_batch_tokens)
+        for need, have, group in zip(
+            needed, self.cache.num_blocks(), self.cache.spec.groups, strict=True
+        ):
+            if need > have:
+                raise CapacityError(
+                    f"a request of {longest} tokens (prompt {len(chain)}, max_tokens "
+                    f"{params.max_tokens}) needs {need} blocks in group {group.name}, which has {have}; "
+                    "raise capacity or lower max_tokens"
+                )
+
+
+def _wants_logits(item: PlannedWork) -> bool:
+    return item.is_last and item.request.params.max_tokens > 0

@@ -1,0 +1,129 @@
+"""One prompt on its way through the engine: its outputs, what ends them, and what they cost."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from kvkeep.cache import Receipt
+from kvkeep.config import SamplingParams
+from kvkeep.engine.detokenizer import IncrementalDetokenizer, TokenDecoder
+from kvkeep.engine.outputs import FinishReason, Piece
+from kvkeep.engine.sampler import Sampled, SampleRow
+from kvkeep.scheduling import Request
+from kvkeep.spec import RequestId
+
+__all__ = ["EndTokens", "Generation", "OutputStream"]
+
+
+@dataclass(frozen=True, slots=True)
+class EndTokens:
+    """What ends an output: the model's end tokens and the longest context in tokens."""
+
+    eos_ids: Collection[int]
+    max_context: int
+
+
+class OutputStream:
+    """One output: the request that computes it, how its tokens are chosen, and its text."""
+
+    def __init__(
+        self,
+        request: Request,
+        choice: int,
+        prompt_ids: Sequence[int],
+        tokenizer: TokenDecoder | None,
+    ) -> None:
+        self.request = request
+        self.choice = choice
+        self.output_ids: list[int] = []
+        self.row = SampleRow.start(request.params, prompt_ids, self.output_ids, choice=choice)
+        self.finish_reason: FinishReason | None = None
+        self._text = None
+        if tokenizer is not None:
+            self._text = IncrementalDetokenizer(
+                tokenizer,
+                prompt_ids,
+                stop_strings=request.params.stop_strings,
+                include_stop=request.params.include_stop,
+            )
+
+    def accept(self, sampled: Sampled, end: EndTokens) -> str:
+        """Take the next token; returns the text that is complete now."""
+        self.output_ids.append(sampled.token_id)
+        text = "" if self._text is None else self._text.append([sampled.token_id])
+        self.finish_reason = self._why_finished(sampled.token_id, end)
+        if self.finish_reason is not None and self._text is not None:
+            text += self._text.finish()
+        return text
+
+    def finish(self, reason: FinishReason) -> str:
+        """End the output from outside; returns the text held back until now."""
+        self.finish_reason = reason
+        return "" if self._text is None else self._text.finish()
+
+    def _why_finished(self, token_id: int, end: EndTokens) -> FinishReason | None:
+        params = self.request.params
+        if token_id in end.eos_ids and not params.ignore_eos:
+            return FinishReason.STOP
+        if token_id in params.stop_token_ids:
+            return FinishReason.STOP
+        if self._text is not None and self._text.stopped_by is not None:
+            return FinishReason.STOP
+        num_tokens = self.request.num_prompt + len(self.output_ids)
+        if len(self.output_ids) >= params.max_tokens or num_tokens >= end.max_context:
+            return FinishReason.LENGTH
+        return None
+
+
+class Generation:
+    """All outputs of one prompt. The first one computes the prompt, the others fork from it."""
+
+    def __init__(self, request_id: RequestId, first: OutputStream) -> None:
+        self.request_id = request_id
+        self.outputs = [first]
+        self.num_expected = first.request.params.n if first.request.params.max_tokens else 1
+        self._started_s = perf_counter()
+        self._first_token_s: float | None = None
+
+    @property
+    def params(self) -> SamplingParams:
+        """The settings of the prompt."""
+        return self.outputs[0].request.params
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every output has ended."""
+        return len(self.outputs) == self.num_expected and all(
+            output.finish_reason is not None for output in self.outputs
+        )
+
+    def piece(self, output: OutputStream, sampled: Sequence[Sampled], text: str) -> Piece:
+        """What a step has added to `output`; the receipt comes with the very last piece."""
+        if sampled and self._first_token_s is None:
+            self._first_token_s = perf_counter() - self._started_s
+        return Piece(
+            request_id=self.request_id,
+            choice=output.choice,
+            token_ids=tuple(one.token_id for one in sampled),
+            text=text,
+            sampled=tuple(sampled) if self.params.logprobs is not None else (),
+            finish_reason=output.finish_reason,
+            receipt=self._receipt() if self.is_finished else None,
+        )
+
+    def _receipt(self) -> Receipt:
+        first = self.outputs[0].request
+        # Never admitted (aborted while waiting): nothing was reused, nothing computed for it yet.
+        reused = first.reused_tokens or 0
+        computed = first.num_prompt - reused
+        return Receipt(
+            prompt_tokens=first.num_prompt,
+            reused_tokens=reused,
+            computed_tokens=computed,
+            output_tokens=sum(len(output.output_ids) for output in self.outputs),
+            tokens_by_source={"device": reused, "computed": computed},
+            recomputed_tokens=sum(output.request.recomputed_tokens for output in self.outputs),
+            num_preemptions=sum(output.request.num_preemptions for output in self.outputs),
+            first_token_s=self._first_token_s,
+            total_s=perf_counter() - self._started_s,
+        )

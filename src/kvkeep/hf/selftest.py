@@ -1,0 +1,174 @@
+"""Does a mode serve this model right? Paged logits against the model's own, on its own weights.
+
+The test computes a random sequence in several ways at once: in chunks, beside another request, with a block
+dropped and repaired, and token by token. The floor of noise is what the model's own cache differs from no
+cache at all; a mode passes within a small multiple of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from kvkeep.arena import ArenaGroups, fit_blocks
+from kvkeep.attention import GatherAttention
+from kvkeep.blocks import Namespace, TokenChain
+from kvkeep.cache import KVCache, Lease
+from kvkeep.errors import UnsupportedModelError
+from kvkeep.hf.geometry import ModelGeometry, text_config
+from kvkeep.hf.paged_model import Mode, PagedModel, Work
+from kvkeep.planning import cut_spans
+from kvkeep.spec import KVSpec
+
+__all__ = ["ModeTrial", "SelfTest", "choose_mode"]
+
+_NUM_DECODED = 4
+# Of the logits' largest magnitude: below this a difference is rounding, whatever the noise measured.
+_LEAST_TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_MOST_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+_NOISE_MARGIN = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModeTrial:
+    """A mode that was tried: its error relative to the largest logit, or why it could not run."""
+
+    mode: Mode
+    error: float | None
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """The verdict: the mode chosen, and every trial with its error; errors are relative."""
+
+    mode: Mode
+    tolerance: float
+    num_tokens: int
+    trials: tuple[ModeTrial, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Truth:
+    """Tokens, and the model's own logits at the positions compared."""
+
+    ids: list[int]
+    logits_RV: Tensor
+    tolerance: float
+
+
+def choose_mode(model: PreTrainedModel, geometry: ModelGeometry, asked: str = "auto") -> SelfTest:
+    """The first mode whose paged logits equal the model's own; raises UnsupportedModelError with numbers."""
+    truth = _truth(model, geometry.spec)
+    trials: list[ModeTrial] = []
+    for mode in _candidates(geometry) if asked == "auto" else [Mode(asked)]:
+        trial = _try(model, geometry, mode, truth)
+        trials.append(trial)
+        if trial.error is not None and trial.error <= truth.tolerance:
+            return SelfTest(mode, truth.tolerance, len(truth.ids), tuple(trials))
+    tried = "; ".join(
+        f"{trial.mode}: {trial.failure or f'error {trial.error:.2g}'}" for trial in trials
+    )
+    raise UnsupportedModelError(
+        f"model_type={text_config(model).model_type!r} cannot be served right: paged logits differ from "
+        f"the model's own by more than {truth.tolerance:.2g} of the largest ({tried}); use "
+        "transformers' own cache for it"
+    )
+
+
+def _candidates(geometry: ModelGeometry) -> list[Mode]:
+    if geometry.recurrent_layers:
+        return [Mode.HYBRID, Mode.DENSE]
+    return [Mode.NATIVE, Mode.GATHER, Mode.DENSE]
+
+
+def _truth(model: PreTrainedModel, spec: KVSpec) -> _Truth:
+    size, config = spec.block_size, text_config(model)
+    longest = min(getattr(config, "max_position_embeddings", None) or 4096, 4096)
+    num_tokens = min(3 * size + size // 2 + 1, longest - 1)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (num_tokens,), generator=generator).tolist()
+    device = next(model.parameters()).device
+    rows = slice(num_tokens - _NUM_DECODED - 1, num_tokens)
+    with torch.inference_mode():
+        ids_1T = torch.tensor([ids], device=device)
+        plain_RV = model(input_ids=ids_1T, use_cache=False).logits[0, rows].float()
+        cached_RV = _own_cache_logits(model, ids_1T, rows.start).float()
+    scale = plain_RV.abs().max().item()
+    noise = (plain_RV - cached_RV).abs().max().item() / scale
+    dtype = next(model.parameters()).dtype
+    least, most = _LEAST_TOLERANCE.get(dtype, 2e-5), _MOST_TOLERANCE.get(dtype, 1e-4)
+    return _Truth(ids, plain_RV, min(most, max(least, _NOISE_MARGIN * noise)))
+
+
+def _own_cache_logits(model: PreTrainedModel, ids_1T: Tensor, first: int) -> Tensor:
+    cache = DynamicCache(config=text_config(model))
+    out = [model(input_ids=ids_1T[:, : first + 1], past_key_values=cache, use_cache=True).logits]
+    for at in range(first + 1, ids_1T.shape[1]):
+        step = model(input_ids=ids_1T[:, at : at + 1], past_key_values=cache, use_cache=True)
+        out.append(step.logits)
+    return torch.cat([logits[0, -1:] for logits in out])
+
+
+def _try(model: PreTrainedModel, geometry: ModelGeometry, mode: Mode, truth: _Truth) -> ModeTrial:
+    try:
+        logits_RV = _paged_logits(model, geometry, mode, truth.ids)
+    except Exception as error:  # noqa: BLE001  a model may fail in any way; the trial records it
+        return ModeTrial(mode, None, f"{type(error).__name__}: {error}"[:200])
+    difference = (logits_RV.float() - truth.logits_RV).abs().max() / truth.logits_RV.abs().max()
+    return ModeTrial(mode, difference.nan_to_num(float("inf")).item())
+
+
+def _paged_logits(
+    model: PreTrainedModel, geometry: ModelGeometry, mode: Mode, ids: Sequence[int]
+) -> Tensor:
+    """Logits behind the last prompt token and behind each decoded one, after every detour."""
+    spec = geometry.spec
+    parameter = next(model.parameters())
+    num_bytes = spec.block_bytes() * (4 * spec.num_blocks(len(ids)) + 8)
+    num_blocks = fit_blocks(spec, num_bytes, max_requests=4, max_batch_tokens=len(ids))
+    arenas = ArenaGroups(
+        spec, num_blocks, dtype=parameter.dtype, device=parameter.device, poison=True
+    )
+    cache = KVCache(spec, num_blocks, arenas)
+    paged = PagedModel(model, geometry, arenas, GatherAttention(arenas), mode)
+    root = Namespace(model="self-test", positions="", kv_format="", block_size=spec.block_size)
+    num_prompt = len(ids) - _NUM_DECODED
+    chunk = spec.block_size + spec.block_size // 2
+    with _lease(cache, root, ids[:num_prompt]) as first, _lease(cache, root, ids[::-1]) as other:
+        _run(cache, paged, [first, other], chunk)
+    prompt = TokenChain(root.root_key(), spec.block_size, ids[:num_prompt])
+    cache.drop(prompt, [0, 2] if len(prompt.keys) > 2 else [0])
+    with _lease(cache, root, ids[:num_prompt]) as lease:
+        rows = [_run(cache, paged, [lease], chunk)]
+        for token in ids[num_prompt:]:
+            lease.append([token])
+            rows.append(_run(cache, paged, [lease], chunk))
+    return torch.cat(rows)
+
+
+def _lease(cache: KVCache, namespace: Namespace, ids: Sequence[int]) -> Lease:
+    lease = cache.reserve(TokenChain(namespace.root_key(), namespace.block_size, ids))
+    assert lease is not None
+    return lease
+
+
+def _run(cache: KVCache, paged: PagedModel, leases: Sequence[Lease], chunk: int) -> Tensor:
+    """Compute all gaps of the leases, `chunk` tokens of each a step; the first one's last logits."""
+    last = torch.empty(0)
+    while any(lease.gaps for lease in leases):
+        work = []
+        for lease in leases:
+            spans = cut_spans(cache.spec, lease.gaps, len(lease.chain), chunk)
+            if spans:
+                has_room = cache.extend(lease, spans)
+                assert has_room
+                work.append(Work(lease, spans, wants_logits=lease is leases[0]))
+        logits_RV = paged.forward(work)
+        if work[0].lease is leases[0]:
+            last = logits_RV[:1]
+        for item in work:
+            cache.commit(item.lease, item.spans)
+    return last

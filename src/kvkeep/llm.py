@@ -1,0 +1,226 @@
+"""The three-line offline API: load, generate, look at what the cache did."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from kvkeep.config import CacheOptions, EngineSettings, SamplingParams
+from kvkeep.engine import Choice, Engine, Output, Piece
+from kvkeep.engine.detokenizer import TokenDecoder
+from kvkeep.engine.prompt_cache import PromptCache
+from kvkeep.errors import KVKeepError, RequestError
+from kvkeep.hf.install import InstalledModel, install
+from kvkeep.hf.load import load_model
+from kvkeep.spec import RequestId
+
+__all__ = ["LLM", "Message", "Prompt"]
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]  # any: a chat template decides what a message may hold
+
+
+class LLM:
+    """A model with its cache.
+
+        llm = LLM("tiny")
+        out = llm.generate("def add(a, b):", SamplingParams(max_tokens=16, temperature=0))
+        out[0].text, out[0].receipt
+
+    `model` is "tiny" (the bundled one), a path, a hub id, a transformers model, or (model, tokenizer). The
+    settings are those of EngineSettings; `capacity` is the device memory of the cache. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        model: object,
+        tokenizer: object = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        settings: EngineSettings | None = None,
+        **options: Any,  # the fields of EngineSettings, which checks them
+    ) -> None:
+        loaded = load_model(model, tokenizer, dtype=dtype, device=device)
+        self.model = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.settings = _settings(settings, options)
+        self.engine = Engine(
+            install(loaded.model, self.settings),
+            self.settings,
+            tokenizer=cast("TokenDecoder | None", loaded.tokenizer),
+            eos_ids=loaded.eos_ids,
+        )
+        self.cache = PromptCache(self.engine)
+        self._inboxes: dict[RequestId, list[Piece]] = {}
+
+    @property
+    def installed(self) -> InstalledModel:
+        """The mode that was chosen, the self-test's numbers, and the shapes of the cache."""
+        return self.engine.installed
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache: CacheOptions | None = None,
+    ) -> list[Output]:
+        """Complete one or many prompts, text or token ids; one Output each, in order.
+
+        `params` is for all prompts or has one entry for each. If one prompt is refused, none is run.
+        """
+        prompt_ids = [self.encode(prompt) for prompt in _as_many(prompts)]
+        each = _one_each(params, len(prompt_ids))
+        request_ids: list[RequestId] = []
+        try:
+            for ids, one in zip(prompt_ids, each, strict=True):
+                request_ids.append(self._add(ids, one, cache))
+            while any(request_id not in self._done for request_id in request_ids):
+                self._step()
+            return [
+                _output(ids, self._inboxes[request_id])
+                for ids, request_id in zip(prompt_ids, request_ids, strict=True)
+            ]
+        finally:
+            self._forget(request_ids)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        cache: CacheOptions | None = None,
+    ) -> Output:
+        """Answer a conversation: messages of `role` and `content`, in the model's chat template."""
+        return self.generate([self.encode_chat(messages)], params, cache=cache)[0]
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        cache: CacheOptions | None = None,
+    ) -> Iterator[Piece]:
+        """Complete one prompt or conversation piece by piece; leaving the loop aborts the request."""
+        is_chat = not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping)
+        ids = self.encode_chat(prompt) if is_chat else self.encode(prompt)  # type: ignore[arg-type]
+        request_id = self._add(ids, params or SamplingParams(), cache)
+        return self._pieces(request_id)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; ids pass through. Raises RequestError for text without a tokenizer."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise RequestError("prompt is text but the model has no tokenizer; give token ids")
+        return list(self.tokenizer.encode(prompt))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins."""
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            raise RequestError("the model has no chat template; use generate with a plain prompt")
+        ids = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        return list(ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, without special tokens."""
+        if self.tokenizer is None:
+            raise RequestError("the model has no tokenizer; load one to decode tokens")
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    @property
+    def _done(self) -> set[RequestId]:
+        return {
+            request_id
+            for request_id, pieces in self._inboxes.items()
+            if pieces and pieces[-1].receipt is not None
+        }
+
+    def _add(
+        self, prompt_ids: Sequence[int], params: SamplingParams, cache: CacheOptions | None
+    ) -> RequestId:
+        if params.stop_strings and self.tokenizer is None:
+            raise RequestError(
+                f"stop={params.stop!r} needs a tokenizer, which the model has not; use stop_token_ids"
+            )
+        request_id = self.engine.add(prompt_ids, params, cache or CacheOptions())
+        self._inboxes[request_id] = []
+        return request_id
+
+    def _step(self) -> None:
+        num_before = self.engine.num_steps
+        for piece in self.engine.step():
+            if piece.request_id in self._inboxes:
+                self._inboxes[piece.request_id].append(piece)
+        if self.engine.has_work and self.engine.num_steps == num_before:
+            raise KVKeepError("no request can run although some wait; please report this as a bug")
+
+    def _pieces(self, request_id: RequestId) -> Iterator[Piece]:
+        inbox = self._inboxes[request_id]
+        try:
+            while True:
+                while not inbox:
+                    self._step()
+                piece = inbox.pop(0)
+                yield piece
+                if piece.receipt is not None:
+                    return
+        finally:
+            self._forget([request_id])
+
+    def _forget(self, request_ids: Sequence[RequestId]) -> None:
+        for request_id in request_ids:
+            self.engine.abort(request_id)
+            self._inboxes.pop(request_id, None)
+
+
+def _settings(settings: EngineSettings | None, options: dict[str, Any]) -> EngineSettings:
+    if settings is not None and options:
+        raise RequestError(f"settings and {', '.join(options)} were both given; give one of them")
+    return settings or EngineSettings.of(options)
+
+
+def _as_many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]  # one prompt of token ids
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise RequestError(
+            f"params has {len(params)} entries for {num_prompts} prompts; give one, or one for each"
+        )
+    return list(params)
+
+
+def _output(prompt_ids: Sequence[int], pieces: Sequence[Piece]) -> Output:
+    receipt = pieces[-1].receipt
+    assert receipt is not None
+    num_choices = max(piece.choice for piece in pieces) + 1
+    choices = []
+    for choice in range(num_choices):
+        own = [piece for piece in pieces if piece.choice == choice]
+        reason = own[-1].finish_reason
+        assert reason is not None
+        choices.append(
+            Choice(
+                token_ids=tuple(token for piece in own for token in piece.token_ids),
+                text="".join(piece.text for piece in own),
+                finish_reason=reason,
+                sampled=tuple(one for piece in own for one in piece.sampled),
+            )
+        )
+    return Output(prompt_ids=tuple(prompt_ids), choices=tuple(choices), receipt=receipt)

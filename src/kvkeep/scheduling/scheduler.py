@@ -1,0 +1,198 @@
+"""Who runs in a step: a budget of tokens, spent on spans. There is no prefill phase and no decode phase.
+
+A request that needs one token (it decodes) comes first, so that a long prompt never stalls the rest; what
+is left of the budget is shared by the requests that still have gaps, oldest first.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from kvkeep.cache import KVCache, Lease
+from kvkeep.planning import cut_spans
+from kvkeep.scheduling.request import Request, RequestStatus
+from kvkeep.spec import Span
+
+__all__ = ["PlannedWork", "Scheduler", "StepPlan"]
+
+# Beside decoding requests, gaps get this share of the budget, so that the time between two tokens of a
+# stream stays bounded by a short step.
+_GAP_SHARE_BESIDE_DECODE = 4
+# Gaps of this many requests are worked on at once; more would only make each of them later.
+_MAX_REQUESTS_WITH_GAPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWork:
+    """The spans of one request in this step; `is_last` when nothing of it remains to be computed after."""
+
+    request: Request
+    spans: tuple[Span, ...]
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step computes, and who had to give blocks back for it."""
+
+    work: tuple[PlannedWork, ...]
+    preempted: tuple[Request, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the step computes."""
+        return sum(len(span) for work in self.work for span in work.spans)
+
+
+class Scheduler:
+    """Two queues over one KVCache: who waits, and who holds a lease."""
+
+    def __init__(self, cache: KVCache, *, max_batch_tokens: int, max_requests: int) -> None:
+        self._cache = cache
+        self._max_batch_tokens = max_batch_tokens
+        self._max_requests = max_requests
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # in order of arrival
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a lease."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a lease."""
+        return len(self._running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request behind all others."""
+        self._waiting.append(request)
+
+    def add_running(self, request: Request, lease: Lease) -> None:
+        """Let a fork run with the lease it was given; the caller checked `has_seat`."""
+        self._start(request, lease)
+
+    def has_seat(self) -> bool:
+        """Whether one more request may run."""
+        return len(self._running) < self._max_requests
+
+    def finish(self, request: Request) -> None:
+        """Take a request out, wherever it is, and give its blocks back."""
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+        elif request.status is RequestStatus.WAITING:
+            self._waiting.remove(request)
+        self._release(request)
+        request.status = RequestStatus.FINISHED
+
+    def plan(self) -> StepPlan:
+        """Choose the next step's spans; admits, extends leases and preempts where memory runs out."""
+        self._admit()
+        step = _Step(self._max_batch_tokens)
+        decoding = [request for request in self._running if request.held_lease().num_pending == 1]
+        for request in decoding:
+            self._plan_request(step, request, step.budget)
+        if step.request_to_work:
+            step.budget = min(step.budget, self._max_batch_tokens // _GAP_SHARE_BESIDE_DECODE)
+        with_gaps = [r for r in self._running if r not in decoding][:_MAX_REQUESTS_WITH_GAPS]
+        for at, request in enumerate(with_gaps):
+            # An even share; what short requests leave of theirs goes to those behind them.
+            self._plan_request(step, request, -(-step.budget // (len(with_gaps) - at)))
+        if with_gaps and step.budget > 0:
+            self._spend_rest(step, with_gaps)
+        return StepPlan(tuple(step.request_to_work.values()), tuple(step.preempted))
+
+    def _admit(self) -> None:
+        """Give leases to waiting requests, in order; one whose blocks another computes now waits on."""
+        skipped: deque[Request] = deque()
+        while self._waiting and self.has_seat():
+            request = self._waiting.popleft()
+            if self._would_repeat(request):
+                skipped.append(request)
+                continue
+            options = request.options
+            lease = self._cache.reserve(request.chain, read=options.read, write=options.write)
+            if lease is None:
+                self._waiting.appendleft(request)
+                break
+            self._start(request, lease)
+        self._waiting.extendleft(reversed(skipped))
+
+    def _would_repeat(self, request: Request) -> bool:
+        """Whether a running request is computing the first block that this one is missing."""
+        writers = [r.held_lease() for r in self._running if r.held_lease().num_pending > 1]
+        if not writers or not request.options.read or not request.chain.keys:
+            return False
+        if not any(lease.chain.keys[:1] == request.chain.keys[:1] for lease in writers):
+            return False
+        block = self._cache.gaps(request.chain)[0].start // self._cache.spec.block_size
+        if block >= len(request.chain.keys):
+            return False
+        key = request.chain.keys[block]
+        return any(lease.will_publish(block, key) for lease in writers)
+
+    def _plan_request(self, step: "_Step", request: Request, budget: int) -> None:
+        """Plan spans of `request`, making room if need be; plans nothing when it is preempted itself."""
+        if request.status is not RequestStatus.RUNNING:
+            return
+        lease = request.held_lease()
+        spans = cut_spans(self._cache.spec, lease.gaps, len(lease.chain), min(budget, step.budget))
+        if not spans:
+            return
+        while not self._cache.extend(lease, spans):
+            victim = self._running[-1]
+            self._preempt(step, victim)
+            if victim is request:
+                return
+        is_last = spans[-1].stop == len(lease.chain)
+        step.plan(PlannedWork(request, spans, is_last))
+
+    def _spend_rest(self, step: "_Step", requests: list[Request]) -> None:
+        """Give the budget that is left to the oldest request that can use it."""
+        for request in requests:
+            planned = step.request_to_work.get(request)
+            if planned is not None and not planned.is_last and not self._cache.spec.is_recurrent:
+                step.cancel(request)
+                self._plan_request(step, request, step.budget)
+
+    def _preempt(self, step: "_Step", request: Request) -> None:
+        """Take the request's blocks; it resumes later with the same tokens."""
+        step.cancel(request)
+        step.preempted.append(request)
+        request.num_preemptions += 1
+        self._running.remove(request)
+        self._release(request)
+        request.status = RequestStatus.WAITING
+        self._waiting.appendleft(request)
+
+    def _start(self, request: Request, lease: Lease) -> None:
+        request.lease = lease
+        request.status = RequestStatus.RUNNING
+        if request.reused_tokens is None:
+            request.reused_tokens = min(lease.reused_tokens, request.num_prompt)
+        else:
+            request.recomputed_tokens += lease.num_pending - 1
+        self._running.append(request)
+        self._running.sort(key=lambda running: running.request_id)
+
+    def _release(self, request: Request) -> None:
+        if request.lease is not None:
+            request.lease.release()
+            request.lease = None
+
+
+class _Step:
+    """A plan in the making."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.request_to_work: dict[Request, PlannedWork] = {}
+        self.preempted: list[Request] = []
+
+    def plan(self, work: PlannedWork) -> None:
+        self.request_to_work[work.request] = work
+        self.budget -= sum(len(span) for span in work.spans)
+
+    def cancel(self, request: Request) -> None:
+        work = self.request_to_work.pop(request, None)
+        if work is not None:
+            self.budget += sum(len(span) for span in work.spans)
