@@ -63,7 +63,7 @@ class KVCache:
 
     def gaps(self, chain: TokenChain) -> tuple[Span, ...]:
         """What a request for `chain` would compute, the last token included. Changes nothing."""
-        return self._plan(chain).coverage.gaps
+        return self._plan(chain).coverage.gaps if len(chain) else ()
 
     def blocks_needed(self, num_tokens: int, span_tokens: int) -> list[int]:
         """For each group, the blocks that a request holds at its longest, `span_tokens` a step."""
