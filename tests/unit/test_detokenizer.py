@@ -1,120 +1,23 @@
 """Text from tokens, piece by piece, against decoding everything at once."""
 
-import functools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kvkeep.engine.detokenizer import IncrementalDetokenizer
-
-# Latin, Cyrillic, CJK, Hangul, Devanagari with combining signs, a joined emoji, flags, tabs.
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog. The dog sleeps, the fox does not.",
-    "Быстрая лиса и ленивая собака.\n\tNaïve café, e\u0301te\u0301, a\u0308.",
-    "敏捷的棕色狐狸跳过懒狗。 여우가 개를 뛰어넘는다. हिन्दी में नमस्ते",
-    "👩\u200d👩\u200d👧 🇩🇪🇫🇷 👍🏽 ☕️ 𝄞𝄢",
-] * 3
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass
-class CountingTokenizer:
-    """A `tokenizers` tokenizer with the methods of transformers; it counts decoded tokens."""
-
-    tokenizer: Tokenizer
-    byte_ids: list[int] = field(default_factory=list)
-    num_decoded: int = 0
-
-    def decode(
-        self,
-        token_ids: list[int],
-        *,
-        skip_special_tokens: bool = True,
-        clean_up_tokenization_spaces: bool = False,
-    ) -> str:
-        """Return the text of tokens."""
-        assert not clean_up_tokenization_spaces
-        self.num_decoded += len(token_ids)
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        return text
-
-    def convert_ids_to_tokens(self, ids: int) -> str:
-        """Return a token's name."""
-        name = self.tokenizer.id_to_token(ids)
-        assert name is not None
-        return name
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text, without special tokens."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    @property
-    def size(self) -> int:
-        """Tokens in the vocabulary."""
-        size: int = self.tokenizer.get_vocab_size()
-        return size
-
-
-def byte_name(byte: int) -> str:
-    """Return the byte-level name of a byte (GPT-2's table of printable characters)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [other for other in range(256) if other not in printable]
-    return chr(byte if byte in printable else 256 + others.index(byte))
-
-
-@functools.cache
-def byte_level() -> CountingTokenizer:
-    """Return a byte-level BPE tokenizer, as of GPT-2, Llama 3 and Qwen."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
-    name_to_id = tokenizer.get_vocab()
-    return CountingTokenizer(tokenizer, [name_to_id[byte_name(byte)] for byte in range(256)])
-
-
-@functools.cache
-def byte_fallback() -> CountingTokenizer:
-    """Return a SentencePiece-like tokenizer, as of Llama 2: Metaspace, unknown bytes as tokens."""
-    vocabulary = {"<unk>": 0}
-    for byte in range(256):
-        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
-    letters = sorted(set("".join(CORPUS[:1]).replace(" ", "▁")) | {"▁", "é", "ä"})
-    for name in [*letters, "▁▁", REPLACEMENT]:
-        vocabulary[name] = len(vocabulary)
-    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "d"), ("o", "g"), ("▁d", "og")]
-    for left, right in merges:
-        vocabulary[left + right] = len(vocabulary)
-    merges.append(("▁", "▁"))
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
-    return CountingTokenizer(tokenizer, list(range(1, 257)))
-
-
-TOKENIZERS = {"byte_level": byte_level, "byte_fallback": byte_fallback}
-both_tokenizers = pytest.mark.parametrize("name", TOKENIZERS)
-texts = st.text(
-    st.one_of(st.sampled_from("".join(CORPUS)), st.sampled_from(" abthe\n€😀"), st.characters()),
-    max_size=40,
-).map(lambda text: text.encode("utf-8", "ignore").decode())
+from tests.tiny_tokenizers import (
+    REPLACEMENT,
+    TOKENIZERS,
+    CountingTokenizer,
+    both_tokenizers,
+    byte_fallback,
+    byte_level,
+    pieces_of,
+    texts,
+)
 
 
 def token_sequences(tokenizer: CountingTokenizer) -> st.SearchStrategy[list[int]]:
@@ -124,27 +27,6 @@ def token_sequences(tokenizer: CountingTokenizer) -> st.SearchStrategy[list[int]
     special = st.just([tokenizer.size - 1])
     chunks = st.one_of(any_token, lone_bytes, special, texts.map(tokenizer.encode))
     return st.lists(chunks, max_size=12).map(lambda runs: [token for run in runs for token in run])
-
-
-def pieces_of(
-    tokenizer: CountingTokenizer,
-    token_ids: Sequence[int],
-    *,
-    prompt_ids: Sequence[int] = (),
-    stop_strings: Sequence[str] = (),
-    include_stop: bool = False,
-    cuts: random.Random | None = None,
-) -> tuple[list[str], IncrementalDetokenizer]:
-    """Feed tokens one by one, or in chunks cut by chance, and return all pieces."""
-    detokenizer = IncrementalDetokenizer(
-        tokenizer, prompt_ids, stop_strings=stop_strings, include_stop=include_stop
-    )
-    pieces, place = [], 0
-    while place < len(token_ids):
-        length = cuts.randint(1, 5) if cuts else 1
-        pieces.append(detokenizer.append(token_ids[place : place + length]))
-        place += length
-    return [*pieces, detokenizer.finish()], detokenizer
 
 
 def longest_byte_run(tokenizer: CountingTokenizer, token_ids: Sequence[int]) -> int:
@@ -225,39 +107,6 @@ def test_output_behind_a_special_token_is_a_text_of_its_own() -> None:
 
 
 @both_tokenizers
-@given(
-    text=texts,
-    stop_strings=st.lists(st.text(" abthe\n€😀", min_size=1, max_size=4), min_size=1, max_size=3),
-    include_stop=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_text_ends_at_the_first_stop_string(
-    name: str, text: str, stop_strings: list[str], include_stop: bool, seed: int
-) -> None:
-    """The cut is at the stop string that completes first, and no token behind it is taken."""
-    tokenizer = TOKENIZERS[name]()
-    token_ids = tokenizer.encode(text)
-    whole = tokenizer.decode(token_ids)
-    ends = [
-        (whole.index(stop) + len(stop), -len(stop), stop) for stop in stop_strings if stop in whole
-    ]
-    end, _, stop = min(ends) if ends else (len(whole), 0, None)
-    kept = whole[: end if include_stop or stop is None else end - len(stop)]
-
-    for cuts in (None, random.Random(seed)):
-        pieces, detokenizer = pieces_of(
-            tokenizer, token_ids, stop_strings=stop_strings, include_stop=include_stop, cuts=cuts
-        )
-
-        assert "".join(pieces) == kept
-        assert detokenizer.stopped_by == stop
-        if stop is not None:
-            taken = token_ids[: detokenizer.num_tokens]
-            assert stop in tokenizer.decode(taken)
-            assert stop not in tokenizer.decode(taken[:-1])
-
-
-@both_tokenizers
 def test_text_leaves_early(name: str) -> None:
     """Plain words leave with their token."""
     tokenizer = TOKENIZERS[name]()
@@ -267,36 +116,6 @@ def test_text_leaves_early(name: str) -> None:
 
     assert pieces[-1] == ""
     assert all(pieces[:-1])
-
-
-@both_tokenizers
-def test_what_only_looks_like_a_stop_string_comes_out(name: str) -> None:
-    """A beginning that is not completed leaves with the next text, or at the end."""
-    tokenizer = TOKENIZERS[name]()
-    detokenizer = IncrementalDetokenizer(tokenizer, stop_strings=["dog!"])
-
-    first = detokenizer.append(tokenizer.encode("the dog"))
-    second = detokenizer.append(tokenizer.encode("the dog")[1:])
-
-    assert first == "the "
-    assert second.startswith("dog")
-    assert first + second + detokenizer.finish() == "the dog dog"
-    assert detokenizer.finish() == ""
-    assert detokenizer.stopped_by is None
-
-
-def test_a_stop_string_of_byte_tokens_ends_the_text_at_once() -> None:
-    """A line feed is a byte token in vocabularies with byte fallback; no token more is needed."""
-    tokenizer = byte_fallback()
-    token_ids = tokenizer.encode("dog\nthe")
-    detokenizer = IncrementalDetokenizer(tokenizer, stop_strings=["\n"])
-
-    text = detokenizer.append(token_ids[: token_ids.index(11) + 1])
-
-    assert text == "dog"
-    assert detokenizer.stopped_by == "\n"
-    assert detokenizer.append(token_ids) == ""
-    assert detokenizer.finish() == ""
 
 
 def test_an_emoji_leaves_whole() -> None:
@@ -356,3 +175,55 @@ def test_work_per_token_is_bounded(name: str, kind: str) -> None:
     pieces_of(tokenizer, token_ids, stop_strings=["no such text"])
 
     assert tokenizer.num_decoded <= 80 * len(token_ids)
+
+
+@pytest.mark.parametrize("num_broken", range(10, 20))
+def test_a_character_behind_many_broken_bytes_is_whole(num_broken: int) -> None:
+    """Where the window moves among broken bytes, it stays in step with the characters."""
+    tokenizer = byte_level()
+    token_ids = [tokenizer.byte_ids[byte] for byte in b"\xff" * num_broken + "€".encode()]
+
+    pieces, _ = pieces_of(tokenizer, token_ids)
+
+    assert "".join(pieces) == REPLACEMENT * num_broken + "€"
+
+
+def test_a_broken_byte_behind_a_whole_character_shows_as_itself() -> None:
+    """A run of byte tokens is broken by its last byte; the part that is out stays as it is."""
+    tokenizer = byte_fallback()
+    euro = [tokenizer.byte_ids[byte] for byte in "€".encode()]
+    letters = [tokenizer.tokenizer.get_vocab()[letter] for letter in "dog"]
+    broken = [tokenizer.byte_ids[0xFF], *letters]
+
+    behind_prompt, _ = pieces_of(tokenizer, broken, prompt_ids=euro)
+    behind_output, _ = pieces_of(tokenizer, euro * 6 + broken)
+
+    assert "".join(behind_prompt) == REPLACEMENT + "dog"
+    assert "".join(behind_output).startswith("€€€€€" + REPLACEMENT)
+
+
+class LeadingSpaceStripper:
+    """A tokenizer of characters whose decoder strips all spaces at the start of a text."""
+
+    def decode(
+        self,
+        token_ids: list[int],
+        *,
+        skip_special_tokens: bool,
+        clean_up_tokenization_spaces: bool,
+    ) -> str:
+        """Return the text of tokens."""
+        assert skip_special_tokens or not clean_up_tokenization_spaces
+        return "".join(map(chr, token_ids)).lstrip(" ")
+
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        """Return a token's name."""
+        return chr(ids)
+
+
+def test_spaces_between_words_are_no_start_of_a_text() -> None:
+    """Tokens of nothing but spaces are no context: behind them, more spaces would be stripped."""
+    detokenizer = IncrementalDetokenizer(LeadingSpaceStripper())
+    text = "two   words"
+
+    assert detokenizer.append(map(ord, text)) == text
