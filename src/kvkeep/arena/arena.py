@@ -32,8 +32,7 @@ class Arena:
         self._storage = torch.empty(num_elements, dtype=dtype, device=device)
         self._k_NTW = [self._view(self.layout.k_offset(at), spec.k_width) for at in self._layers()]
         self._v_NTW = [self._view(self.layout.v_offset(at), spec.v_width) for at in self._layers()]
-        self._k_rows = self._rows(spec.k_width)
-        self._v_rows = self._rows(spec.v_width)
+        self._rows = _RowReader(self._storage, self.layout)
 
     @property
     def num_bytes(self) -> int:
@@ -47,13 +46,7 @@ class Arena:
 
     def read(self, layer: int, slots: "Slots") -> tuple[Tensor, Tensor]:
         """One layer's keys [T, k_width] and values [T, v_width] of T tokens, in the order of `slots`."""
-        layout, unit = self.layout, self.layout.unit
-        k_rows_T = slots.rows(layout, layout.k_offset(layer) // unit, layout.spec.k_width // unit)
-        v_rows_T = slots.rows(layout, layout.v_offset(layer) // unit, layout.spec.v_width // unit)
-        return (
-            torch.index_select(self._k_rows, 0, k_rows_T),
-            torch.index_select(self._v_rows, 0, v_rows_T),
-        )
+        return self._rows.read(layer, slots)
 
     def block(self, block: BlockId) -> Tensor:
         """All elements of a block, shape [E], as they lie: a view."""
@@ -73,11 +66,44 @@ class Arena:
         shape = (self.num_blocks, self.layout.block_size, width)
         return self._storage.as_strided(shape, (size, width, 1), offset)
 
-    def _rows(self, width: int) -> Tensor:
-        """Every run of `width` elements that starts at a multiple of the unit; rows may overlap."""
-        unit = self.layout.unit
-        num_rows = (self._storage.numel() - width) // unit + 1
-        return self._storage.as_strided((num_rows, width), (unit, 1))
+
+class _RowReader:
+    """Reads the rows of keys and values of any tokens.
+
+    A row is a run of elements that starts at a multiple of the layout's unit; rows may overlap. Where keys
+    and values are equally wide, one copy fetches both.
+    """
+
+    def __init__(self, storage: Tensor, layout: BlockLayout) -> None:
+        spec, unit = layout.spec, layout.unit
+        self._rows_per_block = layout.block_elements // unit
+        self._k_stride, self._v_stride = spec.k_width // unit, spec.v_width // unit
+        firsts = [
+            [layout.k_offset(at) // unit, layout.v_offset(at) // unit]
+            for at in range(len(spec.layers))
+        ]
+        self._firsts_L21 = torch.tensor(firsts, device=storage.device).unsqueeze(-1)
+        self._k_rows = _rows_of(storage, spec.k_width, unit)
+        self._v_rows = _rows_of(storage, spec.v_width, unit)
+
+    def read(self, layer: int, slots: "Slots") -> tuple[Tensor, Tensor]:
+        if self._k_stride == self._v_stride:
+            rows_2T = self._firsts_L21[layer] + slots.bases(self._rows_per_block, self._k_stride)
+            both = torch.index_select(self._k_rows, 0, rows_2T.view(-1))
+            k_TW, v_TW = both.view(2, -1, both.shape[1]).unbind()
+            return k_TW, v_TW
+        k_first, v_first = self._firsts_L21[layer]
+        k_rows_T = k_first + slots.bases(self._rows_per_block, self._k_stride)
+        v_rows_T = v_first + slots.bases(self._rows_per_block, self._v_stride)
+        return (
+            torch.index_select(self._k_rows, 0, k_rows_T),
+            torch.index_select(self._v_rows, 0, v_rows_T),
+        )
+
+
+def _rows_of(storage: Tensor, width: int, unit: int) -> Tensor:
+    num_rows = (storage.numel() - width) // unit + 1
+    return storage.as_strided((num_rows, width), (unit, 1))
 
 
 class Slots:
@@ -90,11 +116,10 @@ class Slots:
         self.offsets_T = offsets_T
         self._bases: dict[int, Tensor] = {}
 
-    def rows(self, layout: BlockLayout, first: int, rows_per_token: int) -> Tensor:
-        """Row numbers of the tokens, given the layer's `first` row in a block; one addition a layer."""
+    def bases(self, rows_per_block: int, rows_per_token: int) -> Tensor:
+        """Row numbers of the tokens in a layer that starts at row 0 of its block; computed once."""
         base = self._bases.get(rows_per_token)
         if base is None:
-            rows_per_block = layout.block_elements // layout.unit
             base = self.blocks_T * rows_per_block + self.offsets_T * rows_per_token
             self._bases[rows_per_token] = base
-        return base + first
+        return base

@@ -6,7 +6,7 @@ cache at all; a mode passes within a small multiple of it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from kvkeep.spec import KVSpec
 __all__ = ["ModeTrial", "SelfTest", "choose_mode"]
 
 _NUM_DECODED = 4
+# Small blocks put every kind of boundary into few tokens, so that a large model is tested in seconds.
+_MOST_BLOCK_SIZE = 8
 # Of the logits' largest magnitude: below this a difference is rounding, whatever the noise measured.
 _LEAST_TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _MOST_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -61,6 +63,8 @@ class _Truth:
 
 def choose_mode(model: PreTrainedModel, geometry: ModelGeometry, asked: str = "auto") -> SelfTest:
     """The first mode whose paged logits equal the model's own; raises UnsupportedModelError with numbers."""
+    block_size = min(geometry.spec.block_size, _MOST_BLOCK_SIZE)
+    geometry = replace(geometry, spec=replace(geometry.spec, block_size=block_size))
     truth = _truth(model, geometry.spec)
     trials: list[ModeTrial] = []
     for mode in _candidates(geometry) if asked == "auto" else [Mode(asked)]:
