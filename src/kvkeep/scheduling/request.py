@@ -38,6 +38,7 @@ class Request:
         self.reused_tokens: int | None = None
         self.recomputed_tokens = 0
         self.num_preemptions = 0
+        self._pending_when_preempted = 0
 
     @property
     def num_output(self) -> int:
@@ -48,6 +49,30 @@ class Request:
     def output_ids(self) -> list[int]:
         """Tokens generated so far."""
         return self.chain.tokens(self.num_prompt)
+
+    def start(self, lease: Lease) -> None:
+        """Run with `lease`; after a preemption, count what it no longer has, or has from others."""
+        self.lease = lease
+        self.status = RequestStatus.RUNNING
+        if self.reused_tokens is None:
+            self.reused_tokens = min(lease.reused_tokens, self.num_prompt)
+            return
+        lost = lease.num_pending - self._pending_when_preempted
+        self.recomputed_tokens += max(0, lost)
+        self.reused_tokens += max(0, -lost)
+
+    def preempt(self) -> None:
+        """Give the blocks back and wait."""
+        self._pending_when_preempted = self.held_lease().num_pending
+        self.num_preemptions += 1
+        self.release()
+        self.status = RequestStatus.WAITING
+
+    def release(self) -> None:
+        """Give the blocks back, if there are any."""
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
 
     def held_lease(self) -> Lease:
         """The lease of a running request."""

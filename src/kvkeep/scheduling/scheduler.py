@@ -81,7 +81,7 @@ class Scheduler:
             self._running.remove(request)
         elif request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
-        self._release(request)
+        request.release()
         request.status = RequestStatus.FINISHED
 
     def plan(self) -> StepPlan:
@@ -140,6 +140,10 @@ class Scheduler:
             return
         while not self._cache.extend(lease, spans):
             victim = self._running[-1]
+            if len(self._running) == 1:
+                lease = self._restart_alone(request)
+                spans = cut_spans(self._cache.spec, lease.gaps, len(lease.chain), step.budget)
+                continue
             self._preempt(step, victim)
             if victim is request:
                 return
@@ -158,26 +162,23 @@ class Scheduler:
         """Take the request's blocks; it resumes later with the same tokens."""
         step.cancel(request)
         step.preempted.append(request)
-        request.num_preemptions += 1
         self._running.remove(request)
-        self._release(request)
-        request.status = RequestStatus.WAITING
+        request.preempt()
         self._waiting.appendleft(request)
 
+    def _restart_alone(self, request: Request) -> Lease:
+        """Let the only running request begin again without what it holds for later gaps."""
+        assert request.held_lease().reused_tokens, "a request that fits has room when it is alone"
+        request.preempt()
+        lease = self._cache.reserve(request.chain, read=False, write=request.options.write)
+        assert lease is not None
+        request.start(lease)
+        return lease
+
     def _start(self, request: Request, lease: Lease) -> None:
-        request.lease = lease
-        request.status = RequestStatus.RUNNING
-        if request.reused_tokens is None:
-            request.reused_tokens = min(lease.reused_tokens, request.num_prompt)
-        else:
-            request.recomputed_tokens += lease.num_pending - 1
+        request.start(lease)
         self._running.append(request)
         self._running.sort(key=lambda running: running.request_id)
-
-    def _release(self, request: Request) -> None:
-        if request.lease is not None:
-            request.lease.release()
-            request.lease = None
 
 
 class _Step:
