@@ -1,0 +1,1 @@
+"""The command line: `kvkeep COMMAND`; each command has a file of its own."""

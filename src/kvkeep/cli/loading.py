@@ -1,0 +1,32 @@
+"""From the options of a command to a loaded model and settings of a request."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvkeep.cli.console import working
+from kvkeep.config import SamplingParams
+
+if TYPE_CHECKING:
+    from kvkeep.llm import LLM
+
+__all__ = ["open_llm", "sampling_params"]
+
+
+def open_llm(options: Mapping[str, Any]) -> "LLM":
+    """The model that `model_options` and `capacity_options` ask for; loads torch, which is slow."""
+    with working(f"loading torch and {options['model']}"):
+        from kvkeep.llm import LLM  # not before it is needed: --help and usage errors stay quick
+
+        return LLM(
+            options["model"],
+            dtype=options["dtype"],
+            device=options["device"],
+            capacity=options["capacity"],
+            block_size=options["block_size"],
+        )
+
+
+def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    """What `sampling_options` ask for."""
+    names = ("max_tokens", "temperature", "seed", "stop")
+    return SamplingParams(**{name: options[name] for name in names})

@@ -1,0 +1,25 @@
+"""The program: its commands and its version. Loads no tensors; a command loads what it needs."""
+
+import click
+
+from kvkeep import __version__
+from kvkeep.cli.chat import chat
+from kvkeep.cli.demo import demo
+from kvkeep.cli.doctor import doctor
+from kvkeep.cli.run import run
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kvkeep")
+def main() -> None:
+    """The KV cache of LLM inference: kept, shared, given back exactly."""
+
+
+for _command in (demo, run, chat, doctor):
+    main.add_command(_command)
+
+
+if __name__ == "__main__":
+    main()
