@@ -172,8 +172,11 @@ class PagedModel:
         keep = torch.tensor(last_rows, dtype=torch.long, device=self.device)
         arguments: dict[str, Any] = {}
         if self._picks_logits:
-            # At least one row, because some heads cannot do without.
-            arguments["logits_to_keep"] = (keep if last_rows else 1) if is_packed else 1
+            # At least one row, because some heads cannot do without. Of packed rows never by number: Gemma 4
+            # then drops all others before the layers that reuse K/V, and the step's rows would not fit.
+            arguments["logits_to_keep"] = (
+                (keep if last_rows else keep.new_zeros(1)) if is_packed else 1
+            )
         out: Tensor = self.model(
             input_ids=ids_BT,
             position_ids=positions_BT,

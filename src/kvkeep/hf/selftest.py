@@ -169,7 +169,9 @@ def _run(cache: KVCache, paged: PagedModel, leases: Sequence[Lease], chunk: int)
             if spans:
                 has_room = cache.extend(lease, spans)
                 assert has_room
-                work.append(Work(lease, spans, wants_logits=lease is leases[0]))
+                # As in an engine: a step that does not reach the last token asks for no logits.
+                is_last = spans[-1].stop == len(lease.chain)
+                work.append(Work(lease, spans, wants_logits=is_last and lease is leases[0]))
         logits_RV = paged.forward(work)
         if work[0].lease is leases[0]:
             last = logits_RV[:1]
