@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import pytest
-import torch
 from torch import Tensor
 
 from kvkeep.config import SamplingParams

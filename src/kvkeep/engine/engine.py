@@ -48,12 +48,13 @@ class Engine:
         self._ids = count()
         self._generations: dict[RequestId, Generation] = {}
         self._request_to_output: dict[Request, tuple[Generation, OutputStream]] = {}
+        self._pieces: list[Piece] = []
         self.num_steps = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether some request is not finished."""
-        return bool(self._generations)
+        """Whether some request is not finished, or its last piece not given out."""
+        return bool(self._generations or self._pieces)
 
     def chain(self, token_ids: Sequence[int], salt: str | None = None) -> TokenChain:
         """The token chain of a prompt in this model's namespace."""
@@ -90,29 +91,30 @@ class Engine:
         generation = self._generations.get(request_id)
         if generation is None:
             return []
-        generation.num_expected = len(generation.outputs)
-        running = [output for output in generation.outputs if output.finish_reason is None]
-        return [self._finish(generation, output, FinishReason.ABORT) for output in running]
+        return self._end_all(generation, FinishReason.ABORT)
 
     def step(self) -> list[Piece]:
         """Compute one batch of spans; returns what it added to each output.
 
-        When the model fails, the requests of the batch are ended before its error is passed on, so that
-        the engine can go on with the others.
+        When the model fails, the requests of the batch are ended and its error is passed on. The engine can
+        go on with the others; the last pieces of those that ended come with the next step.
         """
         plan = self._scheduler.plan()
-        if not plan.work:
-            return []
-        self.num_steps += 1
-        try:
-            logits_RV = self._run(plan.work)
-        except Exception:
+        if plan.work:
+            self.num_steps += 1
+            try:
+                logits_RV = self._run(plan.work)
+            except BaseException:
+                # How far the step came is unknown, also when it was interrupted.
+                failed = {self._request_to_output[work.request][0]: None for work in plan.work}
+                for generation in failed:
+                    self._pieces += self._end_all(generation, FinishReason.ERROR)
+                raise
             for work in plan.work:
-                self.abort(self._request_to_output[work.request][0].request_id)
-            raise
-        for work in plan.work:
-            self.cache.commit(work.request.held_lease(), work.spans)
-        return self._advance(plan.work, logits_RV)
+                self.cache.commit(work.request.held_lease(), work.spans)
+            self._pieces += self._advance(plan.work, logits_RV)
+        pieces, self._pieces = self._pieces, []
+        return pieces
 
     def _run(self, planned: Sequence[PlannedWork]) -> Tensor:
         work = [
@@ -164,6 +166,12 @@ class Engine:
         if output.finish_reason is not None:
             self._close(generation, output)
         return generation.piece(output, [sampled], text)
+
+    def _end_all(self, generation: Generation, reason: FinishReason) -> list[Piece]:
+        """End every output that runs; those not forked yet are never begun."""
+        generation.num_expected = len(generation.outputs)
+        running = [output for output in generation.outputs if output.finish_reason is None]
+        return [self._finish(generation, output, reason) for output in running]
 
     def _finish(self, generation: Generation, output: OutputStream, reason: FinishReason) -> Piece:
         text = output.finish(reason)

@@ -16,7 +16,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end token, a stop token or a stop string
     LENGTH = "length"  # max_tokens, or the longest context
     ABORT = "abort"  # the caller's wish
-    ERROR = "error"  # the model's logits could not be sampled
+    ERROR = "error"  # the model failed, or its logits could not be sampled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
