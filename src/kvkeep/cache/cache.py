@@ -138,21 +138,23 @@ class KVCache:
                 self._release_passed(lease, group)
 
     def truncate(self, lease: Lease, num_tokens: int) -> bool:
-        """Forget the request's tokens from `num_tokens` on; not for models with recurrent state.
+        """Forget the request's tokens from `num_tokens` on.
 
         Returns False, and changes nothing, when a window has left behind what would be read again:
-        release the lease and reserve a new one.
+        release the lease and reserve a new one. A recurrent state is the caller's to restore.
         """
-        assert not lease.states
         assert num_tokens <= lease.next_position
         size, num_blocks = self.spec.block_size, self.spec.num_blocks(num_tokens)
-        for ledger, table in zip(self._ledgers, lease.tables, strict=True):
-            if None in table.blocks[ledger.spec.first_needed(num_tokens) // size : num_blocks]:
+        for group, table in enumerate(lease.tables):
+            first = self.spec.groups[group].first_needed(num_tokens) // size
+            if group not in lease.states and None in table.blocks[first:num_blocks]:
                 return False
         lease.chain.truncate(num_tokens)
         lease.gaps.clear()
         for group, table in enumerate(lease.tables):
-            self._release(group, table.cut(num_tokens // size, num_blocks))
+            # A state kept inside the block that is cut has seen what is forgotten.
+            num_kept = num_tokens // size if group in lease.states else num_blocks
+            self._release(group, table.cut(num_tokens // size, num_kept))
         return True
 
     def fork(self, lease: Lease) -> Lease | None:
