@@ -148,8 +148,13 @@ class CacheMachine(RuleBasedStateMachine):
             return
         ends = {prefixes[p + 1] for p in positions(spans) if (p + 1) % size == 0}
         states = ends & {prefixes[spans[-1].stop]}
-        group_ends = [states if g.kind is LayerKind.RECURRENT else ends for g in self.groups]
-        self.follow([new if lease.publishes else set() for new in group_ends])
+        published: list[set[int]] = []
+        for group, table in zip(self.groups, lease.tables, strict=True):
+            # What was forgotten while the lease only read it is not published again by it.
+            kept = {prefixes[(number + 1) * size] for number in table.read_only}
+            new = states if group.kind is LayerKind.RECURRENT else ends - kept
+            published.append(new if lease.publishes else set())
+        self.follow(published)
 
     @precondition(lambda self: self.leases)
     @rule(number=pick, num_tokens=st.sampled_from([1, 3, 8]))
@@ -184,11 +189,15 @@ class CacheMachine(RuleBasedStateMachine):
     def truncate(self, number: int, back: int) -> None:
         """The last tokens are taken back, computed or not."""
         lease = self.lease(number)
-        if not lease.states:
-            num_tokens = min(lease.next_position, max(1, len(lease.chain) - back))
-            before = (list(lease.gaps), len(lease.chain))
-            if not self.checked.cache.truncate(lease, num_tokens):
-                assert (list(lease.gaps), len(lease.chain)) == before
+        num_tokens = min(lease.next_position, max(1, len(lease.chain) - back))
+        before = (list(lease.gaps), len(lease.chain))
+        if not self.checked.cache.truncate(lease, num_tokens):
+            assert (list(lease.gaps), len(lease.chain)) == before
+            return
+        # Whoever takes tokens back from a model with states restores the state before them.
+        prefix = self.checked.store.prefixes(lease.chain)[-1]
+        for group, state in lease.states.items():
+            self.checked.store.slots[group][state] = [prefix]
 
     @precondition(lambda self: self.leases)
     @rule(number=pick)
@@ -208,6 +217,18 @@ class CacheMachine(RuleBasedStateMachine):
         expected = sum(len(known & ends) for known in self.known)
         self.known = [known - ends for known in self.known]
         assert self.checked.cache.drop(chain, dropped).num_blocks == expected
+        self.follow()
+
+    @rule(prompt=prompts, group=st.integers(0, 4), back=st.integers(1, 4))
+    def forget_in_one_group(self, prompt: list[int], group: int, back: int) -> None:
+        """One group loses a block near the end of a prompt that the others keep."""
+        group %= len(self.groups)
+        ledger = self.checked.ledgers[group]
+        keys = self.checked.chain(prompt).keys[-back:]
+        block = ledger.get(keys[0]) if keys else None
+        if block is not None:
+            self.known[group].remove(self.checked.store.slots[group][block][-1])
+            self.checked.store.poison(group, ledger.forget([block]))
         self.follow()
 
     @rule()

@@ -142,6 +142,29 @@ def test_a_window_that_has_passed_cannot_be_truncated_into() -> None:
     checked.assert_idle()
 
 
+def test_a_kept_state_inside_the_cut_is_not_used_again() -> None:
+    """A lease that began from a state forgets it when tokens that the state has seen are cut."""
+    checked = cache_of(full(), recurrent())
+    lease = checked.begin(PROMPT)
+    assert checked.finish(lease, 4)
+    lease.release()
+    lease = checked.begin(PROMPT)
+    assert lease.gaps == [Span(16, 18)]
+    assert checked.finish(lease)
+
+    assert checked.cache.truncate(lease, 14)
+    # The caller restores the state before the tokens that it takes back.
+    prefixes = checked.store.prefixes(lease.chain)
+    checked.store.slots[1][lease.states[1]] = [prefixes[14]]
+    lease.append([7] * 6)
+
+    assert checked.step(lease, 2)
+    assert checked.step(lease, 4)
+    checked.check_lease(lease)
+    lease.release()
+    checked.assert_idle()
+
+
 @EVERY_MODEL
 def test_a_preempted_request_goes_on_where_its_blocks_end(groups: tuple[GroupSpec, ...]) -> None:
     """Released in the middle of its prompt, a request finds again what it had published."""

@@ -16,6 +16,12 @@ def contents(policy: EvictionPolicy[int], items: range = range(100)) -> set[int]
     return {item for item in items if item in policy}
 
 
+def reuse(policy: EvictionPolicy[int], items: list[int]) -> None:
+    """Use evictable items once more."""
+    policy.remove(items)
+    policy.insert(items)
+
+
 @EVERY_POLICY
 def test_an_empty_policy_has_nothing(make: Make) -> None:
     """Nothing is evictable, and nothing can be evicted, before an insert."""
@@ -108,6 +114,22 @@ def test_a_place_with_new_content_starts_anew(make: Make) -> None:
 
 
 @EVERY_POLICY
+def test_an_evicted_favourite_comes_back_as_a_stranger(make: Make) -> None:
+    """Uses before an eviction do not count for what the place holds afterwards."""
+    policy = make()
+    policy.insert(list(range(10)))
+    reuse(policy, list(range(10)))
+    evicted = policy.evict(10)
+    assert evicted is not None
+    policy.insert(list(range(20, 30)))
+
+    policy.insert([evicted[-1]])
+    policy.insert([40])
+
+    assert policy.evict(12) == [*range(29, 19, -1), evicted[-1], 40]
+
+
+@EVERY_POLICY
 def test_evicted_and_remaining_items_are_all_items(make: Make) -> None:
     """Whatever the order of use, no item is lost, doubled, or evicted while in use."""
     policy = make()
@@ -122,12 +144,6 @@ def test_evicted_and_remaining_items_are_all_items(make: Make) -> None:
     assert len(policy) == 7
     assert contents(policy) | set(evicted) == set(range(20)) - {3, 7}
     assert not contents(policy) & set(evicted)
-
-
-def reuse(policy: EvictionPolicy[int], items: list[int]) -> None:
-    """Use evictable items once more."""
-    policy.remove(items)
-    policy.insert(items)
 
 
 def test_slru_keeps_what_was_used_twice_through_a_scan() -> None:
