@@ -99,7 +99,7 @@ def _truth(model: PreTrainedModel, spec: KVSpec) -> _Truth:
     with torch.inference_mode():
         ids_1T = torch.tensor([ids], device=device)
         plain_RV = model(input_ids=ids_1T, use_cache=False).logits[0, rows].float()
-        cached_RV = _own_cache_logits(model, ids_1T, rows.start).float()
+        cached_RV = _own_cache_logits(model, ids_1T)[rows].float()
     scale = plain_RV.abs().max().item()
     noise = (plain_RV - cached_RV).abs().max().item() / scale
     dtype = next(model.parameters()).dtype
@@ -107,13 +107,14 @@ def _truth(model: PreTrainedModel, spec: KVSpec) -> _Truth:
     return _Truth(ids, plain_RV, min(most, max(least, _NOISE_MARGIN * noise)))
 
 
-def _own_cache_logits(model: PreTrainedModel, ids_1T: Tensor, first: int) -> Tensor:
+def _own_cache_logits(model: PreTrainedModel, ids_1T: Tensor) -> Tensor:
+    """Logits at every position, one token a step: what rounds least like a single pass."""
     cache = DynamicCache(config=text_config(model))
-    out = [model(input_ids=ids_1T[:, : first + 1], past_key_values=cache, use_cache=True).logits]
-    for at in range(first + 1, ids_1T.shape[1]):
+    out = []
+    for at in range(ids_1T.shape[1]):
         step = model(input_ids=ids_1T[:, at : at + 1], past_key_values=cache, use_cache=True)
-        out.append(step.logits)
-    return torch.cat([logits[0, -1:] for logits in out])
+        out.append(step.logits[0, -1:])
+    return torch.cat(out)
 
 
 def _try(model: PreTrainedModel, geometry: ModelGeometry, mode: Mode, truth: _Truth) -> ModeTrial:
