@@ -1,7 +1,8 @@
 """The three-line offline API: load, generate, look at what the cache did."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from types import TracebackType
+from typing import Any, Self, cast
 
 import torch
 
@@ -14,7 +15,7 @@ from kvkeep.hf.install import InstalledModel, install
 from kvkeep.hf.load import load_model
 from kvkeep.spec import RequestId
 
-__all__ = ["LLM", "Message", "Prompt"]
+__all__ = ["LLM", "Message", "Prompt", "Stream"]
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]  # any: a chat template decides what a message may hold
@@ -101,12 +102,11 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         cache: CacheOptions | None = None,
-    ) -> Iterator[Piece]:
-        """Complete one prompt or conversation piece by piece; leaving the loop aborts the request."""
+    ) -> "Stream":
+        """Complete one prompt or conversation piece by piece; see Stream for how it ends."""
         is_chat = not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping)
         ids = self.encode_chat(prompt) if is_chat else self.encode(prompt)  # type: ignore[arg-type]
-        request_id = self._add(ids, params or SamplingParams(), cache)
-        return self._pieces(request_id)
+        return Stream(self, self._add(ids, params or SamplingParams(), cache))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ids pass through. Raises RequestError for text without a tokenizer."""
@@ -161,23 +161,57 @@ class LLM:
         if self.engine.has_work and self.engine.num_steps == num_before:
             raise KVKeepError("no request can run although some wait; please report this as a bug")
 
-    def _pieces(self, request_id: RequestId) -> Iterator[Piece]:
-        inbox = self._inboxes[request_id]
-        try:
-            while True:
-                while not inbox:
-                    self._step()
-                piece = inbox.pop(0)
-                yield piece
-                if piece.receipt is not None:
-                    return
-        finally:
-            self._forget([request_id])
-
     def _forget(self, request_ids: Sequence[RequestId]) -> None:
         for request_id in request_ids:
             self.engine.abort(request_id)
             self._inboxes.pop(request_id, None)
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of one request, computed as they are asked for.
+
+    Closing it, leaving its `with` block, or letting go of it, read or not, aborts the request.
+    """
+
+    def __init__(self, llm: LLM, request_id: RequestId) -> None:
+        self._llm = llm
+        self._request_id = request_id
+        self._inbox = llm._inboxes[request_id]
+        self._is_open = True
+
+    def __next__(self) -> Piece:
+        if not self._is_open:
+            raise StopIteration
+        try:
+            while not self._inbox:
+                self._llm._step()
+        except BaseException:
+            self.close()
+            raise
+        piece = self._inbox.pop(0)
+        if piece.receipt is not None:
+            self.close()
+        return piece
+
+    def close(self) -> None:
+        """Abort the request if it is not finished. Calling it again does nothing."""
+        if self._is_open:
+            self._is_open = False
+            self._llm._forget([self._request_id])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _settings(settings: EngineSettings | None, options: dict[str, Any]) -> EngineSettings:
