@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -131,7 +132,7 @@ def preempting(llm: LLM, plans: Sequence[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        del scheduler.plan  # type: ignore[method-assign]  # what is deleted is the line above
+        del scheduler.plan
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -140,7 +141,7 @@ def engines(request: pytest.FixtureRequest) -> dict[str, Served]:
     name: str = request.param
     prompts = random_prompts()
     truths = truths_of(name, prompts)
-    common = {"block_size": BLOCK_SIZE, "capacity": "16MB", "poison": True}
+    common: dict[str, Any] = {"block_size": BLOCK_SIZE, "capacity": "16MB", "poison": True}
     whole = LLM(build_tiny(name), max_batch_tokens=512, **common)
     chunked = LLM(
         whole.model,
@@ -214,7 +215,7 @@ def test_requests_that_do_not_fit_together_preempt_each_other_and_stay_exact(
 ) -> None:
     """An arena with room for one request serves four, and somebody had to give blocks back."""
     prompts = random_prompts()
-    options = {"block_size": BLOCK_SIZE, "max_batch_tokens": CHUNK, "poison": True}
+    options: dict[str, Any] = {"block_size": BLOCK_SIZE, "max_batch_tokens": CHUNK, "poison": True}
     roomy = LLM(build_tiny(name), capacity="1MB", **options)
     num_blocks = tight_blocks(roomy, max(PROMPT_LENGTHS) + NUM_TOKENS)
     monkeypatch.setattr(install, "fit_blocks", lambda *_args, **_sizes: num_blocks)

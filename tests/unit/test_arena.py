@@ -1,6 +1,7 @@
 """The arena against a plain dict: what was written to a slot is what is read from it, and no more."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def group_spec(
-    kind: LayerKind = LayerKind.FULL, num_layers: int = 2, window: int | None = None, **shape: int
+    kind: LayerKind = LayerKind.FULL, num_layers: int = 2, window: int | None = None, **shape: Any
 ) -> GroupSpec:
     """A group with keys of two heads and narrower values of one, unless `shape` says otherwise."""
     widths = {"k_heads": 2, "k_dim": 6, "v_heads": 1, "v_dim": 4, "itemsize": 4} | shape
@@ -41,7 +42,7 @@ shapes = st.fixed_dictionaries(
 
 @given(shapes, st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**31), st.integers(1, 6))
 def test_an_arena_reads_back_what_a_dict_would(
-    shape: dict[str, int], block_size: int, num_blocks: int, seed: int, num_writes: int
+    shape: dict[str, Any], block_size: int, num_blocks: int, seed: int, num_writes: int
 ) -> None:
     """Random writes to random slots of random layers; every slot read is compared."""
     spec = group_spec(**shape)
@@ -70,7 +71,7 @@ def test_an_arena_reads_back_what_a_dict_would(
 
 @given(shapes, st.integers(1, 5))
 def test_canonical_order_is_head_token_dim_and_comes_back(
-    shape: dict[str, int], block_size: int
+    shape: dict[str, Any], block_size: int
 ) -> None:
     """What was written lies at [layer][k|v][head][token][dim] in canonical order."""
     spec = group_spec(**shape)

@@ -11,6 +11,7 @@ from kvkeep.config import CacheOptions, EngineSettings, SamplingParams
 from kvkeep.engine import Engine, FinishReason, Piece
 from kvkeep.errors import CapacityError, KVKeepError, RequestError
 from kvkeep.hf.install import install
+from kvkeep.hf.paged_model import Work
 from kvkeep.spec import RequestId
 from kvkeep.testing.oracle import OracleRun, greedy, logits_at_all_positions
 from kvkeep.testing.tiny_models import VOCAB_SIZE, build_tiny
@@ -35,7 +36,12 @@ class Letters:
 
 def make_engine(eos_ids: Sequence[int] = (), **settings: Any) -> Engine:
     """An engine over the tiny llama, with NaN in all freed blocks."""
-    options = {"block_size": BLOCK_SIZE, "capacity": "4MB", "poison": True, "self_test": False}
+    options: dict[str, Any] = {
+        "block_size": BLOCK_SIZE,
+        "capacity": "4MB",
+        "poison": True,
+        "self_test": False,
+    }
     chosen = EngineSettings(**(options | settings))
     return Engine(install(MODEL, chosen), chosen, tokenizer=Letters(), eos_ids=eos_ids)
 
@@ -345,7 +351,9 @@ def test_a_request_may_read_without_writing_and_write_without_reading() -> None:
     ],
     ids=["empty", "beyond the vocabulary", "negative", "no number", "too long"],
 )
-def test_a_malformed_prompt_is_refused_with_its_numbers(prompt: Any, message: str) -> None:
+def test_a_malformed_prompt_is_refused_with_its_numbers(
+    prompt: Sequence[int], message: str
+) -> None:
     """Nothing of it is kept, and the next one is served."""
     engine = make_engine(max_context=64)
 
@@ -426,7 +434,7 @@ def test_logits_of_nan_end_their_request_only(
     good = add(engine, PROMPT, greedily())
     forward = engine.installed.paged.forward
 
-    def spoil(work: Any) -> Tensor:
+    def spoil(work: Sequence[Work]) -> Tensor:
         logits_RV = forward(work).clone()
         wanting = [item for item in work if item.wants_logits]
         for row, item in enumerate(wanting):

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -40,7 +41,7 @@ class Server:
         self.token_steps: dict[int, list[int]] = {}
         self.num_steps = 0
 
-    def add(self, token_ids: Sequence[int], max_tokens: int = 4, **options: bool) -> Request:
+    def add(self, token_ids: Sequence[int], max_tokens: int = 4, **options: Any) -> Request:
         """Queue a prompt."""
         request = Request(
             RequestId(len(self.requests)),
@@ -245,7 +246,12 @@ def test_several_gaps_of_one_request_are_computed_in_one_step() -> None:
 
     (work,) = server.step().work
 
-    assert [(span.start, span.stop) for span in work.spans] == [(4, 8), (16, 20), (28, 32), (39, 40)]
+    assert [(span.start, span.stop) for span in work.spans] == [
+        (4, 8),
+        (16, 20),
+        (28, 32),
+        (39, 40),
+    ]
 
 
 @pytest.mark.parametrize("status", ["waiting", "mid-prompt", "decoding", "preempted", "finished"])
@@ -323,7 +329,9 @@ GROUPS: dict[str, Callable[[], list[GroupSpec]]] = {
 
 @pytest.mark.parametrize("kind", GROUPS)
 @given(st.data())
-def test_any_load_ends_with_every_token_right_and_nothing_held(kind: str, data: st.DataObject) -> None:
+def test_any_load_ends_with_every_token_right_and_nothing_held(
+    kind: str, data: st.DataObject
+) -> None:
     """Random prompts with common beginnings, arenas just large enough, and blocks lost on the way."""
     groups = GROUPS[kind]()
     budget = data.draw(st.integers(1, 12), label="budget")
