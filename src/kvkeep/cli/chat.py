@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,13 @@ from kvkeep.cli.loading import open_llm, sampling_params
 from kvkeep.cli.options import capacity_options, model_options, sampling_options
 from kvkeep.config import SamplingParams
 from kvkeep.config.sizes import format_bytes
-from kvkeep.errors import RequestError
+from kvkeep.errors import CapacityError, RequestError
 
 if TYPE_CHECKING:
     from kvkeep.cache import Receipt
     from kvkeep.llm import LLM
 
-__all__ = ["chat"]
+__all__ = ["Conversation", "chat", "stopped_by_interrupt"]
 
 _COMMANDS = "/stats what the cache holds, /clear begin anew, /quit leave"
 
@@ -81,12 +81,13 @@ class Conversation:
         self.receipt = None
         asked = [*self._messages, {"role": "user", "content": text}]
         said = ""
-        for piece in self._llm.stream([*self._system, *asked], self._params):
-            said += piece.text
-            self.receipt = piece.receipt
-            yield piece.text
-            if stop.is_set():
-                break
+        with closing(self._llm.stream([*self._system, *asked], self._params)) as pieces:
+            for piece in pieces:
+                said += piece.text
+                self.receipt = piece.receipt
+                yield piece.text
+                if stop.is_set():
+                    break
         self._messages = [*asked, {"role": "assistant", "content": said}]
 
     def stats(self) -> str:
@@ -102,11 +103,11 @@ class Conversation:
 
 def _take_turn(conversation: Conversation, text: str) -> None:
     """Print the answer and what it cost; in a terminal a refused message does not end the talk."""
-    with _stopped_by_interrupt() as stop:
+    with stopped_by_interrupt() as stop:
         try:
             for piece in conversation.answer(text, stop):
                 click.echo(piece, nl=False)
-        except RequestError as error:
+        except (RequestError, CapacityError) as error:
             if not sys.stdin.isatty():
                 raise
             show_error(str(error))
@@ -140,7 +141,7 @@ def _lines() -> Iterator[str]:
 
 
 @contextmanager
-def _stopped_by_interrupt() -> Iterator[Event]:
+def stopped_by_interrupt() -> Iterator[Event]:
     """An event that the first Ctrl-C sets; the second one interrupts as ever."""
     stop = Event()
     before = signal.getsignal(signal.SIGINT)

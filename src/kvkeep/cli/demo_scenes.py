@@ -188,7 +188,10 @@ class _Demonstration:
         lost = {int(share * num_blocks) for share in _HOLES} if num_blocks else set()
         cache.drop(prompt_ids, lost)
         after = cache.coverage(prompt_ids)
-        story = f"The long prompt after {len(lost)} of its blocks were lost: these are computed."
+        story = (
+            f"The long prompt after {len(lost)} of its blocks were lost: only the holes are computed, what "
+            "lies behind them is still right."
+        )
         return replace(self._alone("repair", story, prompt_ids, asked), before=before, after=after)
 
     def _scene(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvkeep.cli.console import working
-from kvkeep.config import SamplingParams
+from kvkeep.config import EngineSettings, SamplingParams
 
 if TYPE_CHECKING:
     from kvkeep.llm import LLM
@@ -14,6 +14,7 @@ __all__ = ["open_llm", "sampling_params"]
 
 def open_llm(options: Mapping[str, Any]) -> "LLM":
     """The model that `model_options` and `capacity_options` ask for; loads torch, which is slow."""
+    settings = EngineSettings(capacity=options["capacity"], block_size=options["block_size"])
     with working(f"loading torch and {options['model']}"):
         from kvkeep.llm import LLM  # not before it is needed: --help and usage errors stay quick
 
@@ -21,8 +22,7 @@ def open_llm(options: Mapping[str, Any]) -> "LLM":
             options["model"],
             dtype=options["dtype"],
             device=options["device"],
-            capacity=options["capacity"],
-            block_size=options["block_size"],
+            settings=settings,
         )
 
 

@@ -11,7 +11,7 @@ from kvkeep.cli.run import run
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group()
 @click.version_option(__version__, prog_name="kvkeep")
 def main() -> None:
     """The KV cache of LLM inference: kept, shared, given back exactly."""

@@ -1,5 +1,6 @@
 """`kvkeep run`: complete one prompt."""
 
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -36,7 +37,7 @@ def run(prompt: str, *, as_json: bool, **options: Any) -> None:
     reused and how long it took goes to stderr.
     """
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read().removesuffix("\n")
+        prompt = sys.stdin.read().removesuffix("\n")
     params = sampling_params(options)
     llm = open_llm(options)
     pieces = []
