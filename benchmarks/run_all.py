@@ -1,0 +1,126 @@
+"""Every benchmark, one after the other, and a table of their verdicts."""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks.harness import RESULTS, BenchmarkError, Result
+
+# How the budget is divided, in minutes of 35; the rest is for models and checks.
+NAME_TO_MINUTES = {
+    "ledger": 0.5,
+    "memory_waste": 3.0,
+    "overhead": 1.5,
+    "cached_vs_uncached": 1.5,
+    "engine_vs_generate": 3.0,
+    "cache_overhead": 3.5,
+    "warm_prefix": 4.0,
+    "repair": 4.0,
+    "batch32": 9.0,
+}
+FULL_MINUTES = 35.0
+_LEGEND = (
+    "Medians, with the 10th to the 90th percentile in brackets, or the extremes where there are fewer than "
+    "ten. What else was measured, and how, is in the results files."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """What became of one benchmark: its result, or why there is none."""
+
+    name: str
+    result: Result | None
+    failure: str | None
+
+
+def main(argv: Sequence[str] | None = None) -> list[Entry]:
+    """Run all benchmarks in this process, so that models are built once; write summary.md."""
+    options = _parse(argv)
+    share = options.budget_minutes / FULL_MINUTES
+    start, entries = perf_counter(), []
+    for name, minutes in NAME_TO_MINUTES.items():
+        if options.only and name not in options.only:
+            entries.append(Entry(name=name, result=None, failure="not asked for"))
+            continue
+        arguments = [f"--budget={60 * minutes * share:g}", f"--threads={options.threads}"]
+        arguments += ["--quick"] if options.quick else []
+        arguments += [f"--results={options.results}"] if options.results else []
+        entries.append(_run(name, arguments))
+    took_s = perf_counter() - start
+    text = summary(entries, took_s)
+    print(text)
+    if options.results is not None or not options.quick:
+        folder = options.results or RESULTS
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.md").write_text(text + "\n", encoding="utf-8")
+    return entries
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run_all", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the scripts")
+    parser.add_argument("--budget-minutes", type=float, default=FULL_MINUTES)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--results", type=Path, help="folder of the results")
+    parser.add_argument("--only", nargs="*", choices=sorted(NAME_TO_MINUTES), help="run these only")
+    return parser.parse_args(argv)
+
+
+def _run(name: str, arguments: list[str]) -> Entry:
+    print(f"== {name}", flush=True)
+    try:
+        script = importlib.import_module(f"benchmarks.{name}").main
+        return Entry(name=name, result=script(arguments), failure=None)
+    except BenchmarkError as error:
+        return Entry(name=name, result=None, failure=str(error))
+    except Exception as error:  # noqa: BLE001  one that fails must not hide the others' results
+        traceback.print_exc(file=sys.stdout)
+        return Entry(name=name, result=None, failure=f"{type(error).__name__}: {error}")
+
+
+def summary(entries: Sequence[Entry], took_s: float) -> str:
+    """The verdicts as a table in Markdown; what did not run is in it too."""
+    lines = ["# Benchmarks", ""]
+    results = [entry.result for entry in entries if entry.result is not None]
+    if results:
+        one = results[0]
+        flags = ", ".join(name for name, has in one.machine["flags"].items() if has)
+        lines += [
+            f"{one.machine['cpu']}, {one.machine['cores']} cores ({flags}), "
+            f"{one.machine['ram_gb']} GB; {one.threads} threads; "
+            + ", ".join(f"{name} {version}" for name, version in results[-1].versions.items())
+            + f"; commit {(one.commit or 'unknown')[:12]}"
+            + (" with local changes" if one.is_modified else "")
+            + f"; {one.date}; {took_s / 60:.1f} minutes.",
+            "",
+            _LEGEND,
+            "",
+        ]
+    lines += ["| claim | measured | target | holds | command |", "|---|---|---|---|---|"]
+    for entry in entries:
+        lines += _rows(entry)
+    return "\n".join(lines)
+
+
+def _rows(entry: Entry) -> list[str]:
+    if entry.result is None:
+        return [f"| {entry.name} | did not run: {entry.failure} | | no | |"]
+    result = entry.result
+    with_target = [finding for finding in result.findings if finding.target is not None]
+    return [
+        f"| {one.what} | {one.median:.4g} {one.unit} [{one.low:.4g} .. {one.high:.4g}, n={one.count}] | "
+        f"{one.target or ''} | {'' if one.holds is None else 'yes' if one.holds else 'no'} | "
+        f"`{result.command}` |"
+        for one in with_target or result.findings
+    ]
+
+
+if __name__ == "__main__":
+    main()
