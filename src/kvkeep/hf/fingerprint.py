@@ -22,7 +22,9 @@ _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 def model_fingerprint(model: PreTrainedModel) -> str:
     """sha256 over the config and every weight (adapters that are merged or attached included)."""
     digest = hashlib.sha256()
-    digest.update(json.dumps(text_config(model).to_dict(), sort_keys=True, default=str).encode())
+    settings = text_config(model).to_dict()
+    settings.pop("_name_or_path", None)  # where it was loaded from is not what it is
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     named = sorted(model.state_dict().items())
     with ThreadPoolExecutor() as pool:  # hashing large buffers releases the GIL
         hashes = pool.map(lambda item: _tensor_digest(item[1]), named)
