@@ -19,7 +19,7 @@ from kvkeep.cli.console import (
     stdout,
     working,
 )
-from kvkeep.cli.options import BUNDLED_MODEL, json_option
+from kvkeep.cli.options import json_option, model_option, num_threads_for, threads_option
 
 if TYPE_CHECKING:
     from kvkeep.cli.demo_scenes import Scene
@@ -33,12 +33,7 @@ _BAR_CELLS = 50
 
 
 @click.command(cls=Command)
-@click.option(
-    "--model",
-    default=BUNDLED_MODEL,
-    show_default=True,
-    help="A path, a hub id, or the bundled model.",
-)
+@model_option
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
@@ -46,11 +41,7 @@ _BAR_CELLS = 50
     show_default=True,
     help="Most tokens of an answer.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    help="Threads of torch.  [default: 1 for the bundled model, which is too small for more]",
-)
+@threads_option
 @json_option
 @click.pass_context
 def demo(
@@ -63,7 +54,7 @@ def demo(
     tokens must be equal; otherwise the exit code is 1.
     """
     started_s = perf_counter()
-    scenes = _play(model, tokens, threads or (1 if model == BUNDLED_MODEL else None))
+    scenes = _play(model, tokens, num_threads_for(model, threads))
     took_s = perf_counter() - started_s
     passed = all(scene.passed for scene in scenes)
     if as_json:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvkeep.cli.console import working
+from kvkeep.cli.options import num_threads_for
 from kvkeep.config import EngineSettings, SamplingParams
 
 if TYPE_CHECKING:
@@ -16,8 +17,14 @@ def open_llm(options: Mapping[str, Any]) -> "LLM":
     """The model that `model_options` and `capacity_options` ask for; loads torch, which is slow."""
     settings = EngineSettings(capacity=options["capacity"], block_size=options["block_size"])
     with working(f"loading torch and {options['model']}"):
-        from kvkeep.llm import LLM  # not before it is needed: --help and usage errors stay quick
+        # Not before they are needed: --help and usage errors stay quick.
+        import torch
 
+        from kvkeep.llm import LLM
+
+        num_threads = num_threads_for(options["model"], options["threads"])
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)  # of this process, which serves this command alone
         return LLM(
             options["model"],
             dtype=options["dtype"],

@@ -15,8 +15,11 @@ __all__ = [
     "device_option",
     "dtype_option",
     "json_option",
+    "model_option",
     "model_options",
+    "num_threads_for",
     "sampling_options",
+    "threads_option",
 ]
 
 # kvkeep.hf.load.BUNDLED, which cannot be read without loading torch.
@@ -33,17 +36,13 @@ def default_of(settings: type[EngineSettings | SamplingParams], name: str) -> ob
 
 
 def model_options(function: _Command) -> _Command:
-    """--model, --dtype and --device."""
-    return _together(
-        click.option(
-            "--model",
-            default=BUNDLED_MODEL,
-            show_default=True,
-            help="A path, a hub id, or the bundled model.",
-        ),
-        dtype_option,
-        device_option,
-    )(function)
+    """--model, --dtype, --device and --threads."""
+    return _together(model_option, dtype_option, device_option, threads_option)(function)
+
+
+def num_threads_for(model: str, asked: int | None) -> int | None:
+    """Threads of torch: those asked for, or as few as the model can use; None leaves it to torch."""
+    return asked or (1 if model == BUNDLED_MODEL else None)
 
 
 def capacity_options(function: _Command) -> _Command:
@@ -87,6 +86,17 @@ def sampling_options(*, max_tokens: object, temperature: object) -> Callable[[_C
     )
 
 
+model_option = click.option(
+    "--model",
+    default=BUNDLED_MODEL,
+    show_default=True,
+    help="A path, a hub id, or the bundled model.",
+)
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads of torch.  [default: 1 for the bundled model, which is too small for more]",
+)
 dtype_option = click.option(
     "--dtype", help='"float32", "bfloat16" or "float16".  [default: the checkpoint\'s]'
 )
