@@ -55,7 +55,7 @@ def load_model(
             loaded = _moved(loaded, device, torch_dtype)
     elif isinstance(model, str | Path):
         name = str(model)
-        source = str(files("kvkeep") / "bundled" / BUNDLED) if name == BUNDLED else name
+        source = str(files("kvkeep") / "bundled" / BUNDLED) if name == BUNDLED else _source(name)
         loaded = _from_pretrained(name, source, torch_dtype, device)
         tokenizer = tokenizer if tokenizer is not None else _own_tokenizer(source)
     else:
@@ -65,6 +65,18 @@ def load_model(
         )
     found = _tokenizer(tokenizer)
     return LoadedModel(loaded.eval(), found, _eos_ids(loaded, found), name)
+
+
+def _source(name: str) -> str:
+    """A path as the loader takes it, or a hub id as it is."""
+    path = Path(name).expanduser()
+    is_path = name.startswith(("~", ".")) or path.is_absolute() or name.count("/") > 1
+    if is_path and not path.is_dir():
+        raise ConfigError(
+            f"model={name!r} is no folder; give the path of a transformers checkpoint, a hub id, or "
+            f"{BUNDLED!r} for the bundled model"
+        )
+    return str(path) if path.is_dir() else name
 
 
 def _pair(pair: tuple[object, ...]) -> tuple[object, object]:
