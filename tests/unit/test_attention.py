@@ -208,6 +208,8 @@ def test_writing_touches_the_slots_of_the_step_and_no_others(
     torch.manual_seed(seed)
     step = random_step(random.Random(seed), *shape)
     spec, arena, size = step.spec, step.arenas.arenas[0], step.block_size
+    for row in step.rows:
+        arena.fill([block for at in row.read_only if (block := row.blocks[at]) is not None], 7.0)
     before = torch.stack([arena.block(BlockId(at)) for at in range(arena.num_blocks)])
     expected = before.clone()
     for row in step.rows:
