@@ -78,7 +78,7 @@ def test_colliding_keys_are_told_apart_by_their_tokens() -> None:
         ((1, 2, 3, 9), (0, 3)),
         ((1, 2), (0, 2)),
         ((1, 7, 7, 7, 7), (1, 4)),
-        ((1,), (0, 1)),
+        ((1,), (1, 1)),  # of equals the newest
         ((9, 2, 3, 4), None),
     ],
 )
@@ -143,15 +143,16 @@ def _forget_a_block(index: BlockIndex) -> None:
 
 
 def _forget_a_child(index: BlockIndex) -> None:
-    index._parent_to_children[ROOT].clear()
+    index._children._parent_to_first.clear()
 
 
 def _double_a_child(index: BlockIndex) -> None:
-    index._parent_to_children[ROOT] *= 2
+    key = index._children._parent_to_first[ROOT]
+    index._children._parent_to_others[ROOT] = {key: None}
 
 
 def _invent_a_child(index: BlockIndex) -> None:
-    index._parent_to_children[BlockKey(b"x" * 32)] = [BlockKey(b"y" * 32)]
+    index._children.add(BlockKey(b"x" * 32), BlockKey(b"y" * 32))
 
 
 DAMAGES = [

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvkeep.blocks.children import KeyChildren
 from kvkeep.spec import BlockId, BlockKey
 
 __all__ = ["BlockIndex", "Entry", "PartialMatch"]
 
 _TOKEN_BYTES = 4
+_MOST_CHILDREN_COMPARED = 64
 
 
 class Entry(NamedTuple):
@@ -37,7 +39,7 @@ class BlockIndex:
     def __init__(self) -> None:
         self._key_to_block: dict[BlockKey, BlockId] = {}
         self._block_to_entry: dict[BlockId, Entry] = {}
-        self._parent_to_children: dict[BlockKey, list[BlockKey]] = {}
+        self._children = KeyChildren()
 
     def __len__(self) -> int:
         return len(self._key_to_block)
@@ -62,9 +64,12 @@ class BlockIndex:
         return blocks
 
     def find_partial(self, parent: BlockKey, tokens: bytes) -> PartialMatch | None:
-        """The child of `parent` that shares the most leading tokens with `tokens`, if any does."""
+        """The child of `parent` that shares the most leading tokens with `tokens`, if any does.
+
+        Only the newest children are compared, since a root can have one for every prompt there is.
+        """
         best: PartialMatch | None = None
-        for key in self._parent_to_children.get(parent, ()):
+        for key in self._children.newest(parent, _MOST_CHILDREN_COMPARED):
             content = self._block_to_entry[self._key_to_block[key]].content
             num_tokens = _common_tokens(content, tokens)
             if num_tokens > (best.num_tokens if best else 0):
@@ -77,7 +82,7 @@ class BlockIndex:
             assert entry.key not in self._key_to_block
             self._key_to_block[entry.key] = block
             self._block_to_entry[block] = entry
-            self._parent_to_children.setdefault(entry.parent, []).append(entry.key)
+            self._children.add(entry.parent, entry.key)
 
     def discard(self, blocks: Sequence[BlockId]) -> list[BlockKey]:
         """Forget the content of blocks; returns the keys forgotten."""
@@ -85,10 +90,7 @@ class BlockIndex:
         for block in blocks:
             entry = self._block_to_entry.pop(block)
             del self._key_to_block[entry.key]
-            siblings = self._parent_to_children[entry.parent]
-            siblings.remove(entry.key)
-            if not siblings:
-                del self._parent_to_children[entry.parent]
+            self._children.remove(entry.parent, entry.key)
             keys.append(entry.key)
         return keys
 
@@ -107,9 +109,9 @@ class BlockIndex:
         for block, entry in self._block_to_entry.items():
             if self._key_to_block.get(entry.key) != block:
                 problems.append(f"block {block} is not where the index has its key")
-            if self._parent_to_children.get(entry.parent, []).count(entry.key) != 1:
-                problems.append(f"block {block} is not once among its parent's children")
-        num_children = sum(len(children) for children in self._parent_to_children.values())
+            if not self._children.has(entry.parent, entry.key):
+                problems.append(f"block {block} is not among its parent's children")
+        num_children = len(self._children)
         if not len(self._block_to_entry) == len(self._key_to_block) == num_children:
             problems.append(
                 f"the index has {len(self._block_to_entry)} blocks, {len(self._key_to_block)} keys "

@@ -7,10 +7,11 @@ Nothing is visible before its bytes are: a block gets its key in `commit`, after
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from kvkeep.blocks import BlockLedger, Entry, TokenChain
+from kvkeep.blocks import BlockLedger, TokenChain
 from kvkeep.cache.lease import BlockTable, Lease
 from kvkeep.cache.lookup import RequestPlan, plan_request
 from kvkeep.cache.receipts import CacheStats, DropReceipt, GroupStats, VerifyReport
+from kvkeep.cache.sealing import seal_spans, state_entry
 from kvkeep.cache.verify import find_problems
 from kvkeep.planning import Coverage, PartialHit, coverage_of
 from kvkeep.policies import make_policy
@@ -133,7 +134,10 @@ class KVCache:
         lease.advance(spans)
         for group, ledger in enumerate(self._ledgers):
             if lease.publishes:
-                self._seal(lease, group, spans)
+                if ledger.spec.kind is LayerKind.RECURRENT:
+                    self._keep_state(lease, group, spans[-1].stop)
+                else:
+                    seal_spans(ledger, lease.chain, lease.tables[group], spans)
             if ledger.spec.window is not None:
                 self._release_passed(lease, group)
 
@@ -323,45 +327,17 @@ class KVCache:
             if saved is not None:
                 self._store.copy_block(group, saved, lease.states[group])
 
-    def _seal(self, lease: Lease, group: int, spans: Sequence[Span]) -> None:
-        if self._ledgers[group].spec.kind is LayerKind.RECURRENT:
-            self._save_state(lease, group, spans)
-            return
-        size, chain, table = self.spec.block_size, lease.chain, lease.tables[group]
-        for span in spans:
-            start, stop = span.start // size, span.stop // size
-            if start == stop:
-                continue
-            self._seal_blocks(chain, table, self._ledgers[group], start, stop)
-
-    def _seal_blocks(
-        self, chain: TokenChain, table: BlockTable, ledger: BlockLedger, start: int, stop: int
-    ) -> None:
-        parents = [chain.parent_key(start), *chain.keys[start : stop - 1]]
-        contents = chain.block_content(start, stop)
-        blocks: list[BlockId] = []
-        entries: list[Entry] = []
-        for number, parent, content in zip(range(start, stop), parents, contents, strict=True):
-            block = table.blocks[number]
-            if block is not None and number not in table.read_only:
-                blocks.append(block)
-                entries.append(Entry(chain.keys[number], parent, content))
-        ledger.seal(blocks, entries)
-
-    def _save_state(self, lease: Lease, group: int, spans: Sequence[Span]) -> None:
-        """Keep a copy of the state at a block's end, while there is room for copies."""
-        size, chain, ledger = self.spec.block_size, lease.chain, self._ledgers[group]
-        number = spans[-1].stop // size - 1
-        if spans[-1].stop % size or ledger.get(chain.keys[number]) is not None:
+    def _keep_state(self, lease: Lease, group: int, position: int) -> None:
+        """Publish a copy of the state at a block's end, while there is room for copies."""
+        ledger = self._ledgers[group]
+        entry = state_entry(lease.chain, position)
+        if entry is None or ledger.get(entry.key) is not None:
             return
         allocation = ledger.allocate(1)
-        if allocation is None:
-            return
-        self._store.copy_block(group, lease.states[group], allocation.blocks[0])
-        content = chain.block_content(number, number + 1)[0]
-        entry = Entry(chain.keys[number], chain.parent_key(number), content)
-        ledger.seal(allocation.blocks, [entry])
-        self._release(group, allocation.blocks)
+        if allocation is not None:
+            self._store.copy_block(group, lease.states[group], allocation.blocks[0])
+            ledger.seal(allocation.blocks, [entry])
+            self._release(group, allocation.blocks)
 
     def _release_passed(self, lease: Lease, group: int) -> None:
         """Give back the blocks that lie before the window of every position still to come."""

@@ -37,9 +37,9 @@ def _find_partial(
     chain: TokenChain, ledgers: Sequence[BlockLedger], groups: Sequence[GroupBlocks]
 ) -> PartialHit | None:
     """A known block that begins like the first block behind everything known."""
-    number = len(groups[0].blocks)
-    while number and any(group.blocks[number - 1] is None for group in groups):
-        number -= 1
+    backwards = zip(*(reversed(group.blocks) for group in groups), strict=True)
+    num_unknown = next((at for at, blocks in enumerate(backwards) if None not in blocks), None)
+    number = 0 if num_unknown is None else len(groups[0].blocks) - num_unknown
     start = number * chain.block_size
     tokens = chain.packed(start, start + chain.block_size)
     if not tokens:

@@ -109,20 +109,13 @@ class Scheduler:
             if self._would_repeat(request):
                 skipped.append(request)
                 continue
-            lease = self._reserve(request)
+            options = request.options
+            lease = self._cache.reserve(request.chain, read=options.read, write=options.write)
             if lease is None:
                 self._waiting.appendleft(request)
                 break
             self._start(request, lease)
         self._waiting.extendleft(reversed(skipped))
-
-    def _reserve(self, request: Request) -> Lease | None:
-        options = request.options
-        lease = self._cache.reserve(request.chain, read=options.read, write=options.write)
-        if lease is None and not self._running:
-            # What it would share leaves no room to begin, and nobody will make any: it begins afresh.
-            lease = self._cache.reserve(request.chain, read=False, write=options.write)
-        return lease
 
     def _would_repeat(self, request: Request) -> bool:
         """Whether a running request is computing the first block that this one is missing."""

@@ -1,0 +1,41 @@
+"""From computed tokens to published content: names for what a step has filled."""
+
+from collections.abc import Sequence
+
+from kvkeep.blocks import BlockLedger, Entry, TokenChain
+from kvkeep.cache.lease import BlockTable
+from kvkeep.spec import BlockId, Span
+
+__all__ = ["seal_spans", "state_entry"]
+
+
+def seal_spans(
+    ledger: BlockLedger, chain: TokenChain, table: BlockTable, spans: Sequence[Span]
+) -> None:
+    """Publish the blocks of `table` that end inside `spans`, all of whose tokens are computed."""
+    for span in spans:
+        start, stop = span.start // chain.block_size, span.stop // chain.block_size
+        if start == stop:
+            continue
+        blocks = table.blocks[start:stop]
+        entries = _entries(chain, start, stop)
+        filled = [
+            (block, entry)
+            for number, block, entry in zip(range(start, stop), blocks, entries, strict=True)
+            if block is not None and number not in table.read_only
+        ]
+        own: list[BlockId] = [block for block, _ in filled]
+        ledger.seal(own, [entry for _, entry in filled])
+
+
+def state_entry(chain: TokenChain, position: int) -> Entry | None:
+    """The name of the recurrent state before `position`, if that is a block's end."""
+    number, rest = divmod(position, chain.block_size)
+    return None if rest else _entries(chain, number - 1, number)[0]
+
+
+def _entries(chain: TokenChain, start: int, stop: int) -> list[Entry]:
+    """The names of blocks `start <= number < stop`."""
+    keys = chain.keys[start:stop]
+    parents = [chain.parent_key(start), *keys[:-1]]
+    return list(map(Entry, keys, parents, chain.block_content(start, stop)))
