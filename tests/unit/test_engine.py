@@ -332,6 +332,7 @@ def test_a_request_may_read_without_writing_and_write_without_reading() -> None:
     engine = make_engine()
 
     assert reused(engine, write=False) == 0
+    assert reused(engine, write=False) == 0
     assert reused(engine, read=False) == 0
     assert reused(engine, read=False) == 0
     assert reused(engine, write=False) == len(PROMPT) - 1
