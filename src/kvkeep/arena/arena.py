@@ -11,7 +11,10 @@ from torch import Tensor
 from kvkeep.arena.layout import BlockLayout
 from kvkeep.spec import BlockId, GroupSpec
 
-__all__ = ["Arena"]
+__all__ = ["Arena", "Slots"]
+
+# One addition for all layers while its result is small; beyond, one for each layer.
+_MOST_ROWS_AT_ONCE = 2**18
 
 
 class Arena:
@@ -30,9 +33,7 @@ class Arena:
         self.num_blocks = num_blocks
         num_elements = num_blocks * self.layout.block_elements
         self._storage = torch.empty(num_elements, dtype=dtype, device=device)
-        self._k_NTW = [self._view(self.layout.k_offset(at), spec.k_width) for at in self._layers()]
-        self._v_NTW = [self._view(self.layout.v_offset(at), spec.v_width) for at in self._layers()]
-        self._rows = _RowReader(self._storage, self.layout)
+        self._rows = _Rows(self._storage, self.layout)
 
     @property
     def num_bytes(self) -> int:
@@ -40,9 +41,8 @@ class Arena:
         return self._storage.numel() * self._storage.element_size()
 
     def write(self, layer: int, slots: "Slots", k_TW: Tensor, v_TW: Tensor) -> None:
-        """Put one layer's keys and values of T tokens into their slots."""
-        self._k_NTW[layer].index_put_((slots.blocks_T, slots.offsets_T), k_TW)
-        self._v_NTW[layer].index_put_((slots.blocks_T, slots.offsets_T), v_TW)
+        """Put one layer's keys and values of T tokens into their slots; [T, heads, dim] will do as well."""
+        self._rows.write(layer, slots, k_TW, v_TW)
 
     def read(self, layer: int, slots: "Slots") -> tuple[Tensor, Tensor]:
         """One layer's keys [T, k_width] and values [T, v_width] of T tokens, in the order of `slots`."""
@@ -58,26 +58,19 @@ class Arena:
         for block in blocks:
             self.block(block).fill_(value)
 
-    def _layers(self) -> range:
-        return range(len(self.layout.spec.layers))
 
-    def _view(self, offset: int, width: int) -> Tensor:
-        size = self.layout.block_elements
-        shape = (self.num_blocks, self.layout.block_size, width)
-        return self._storage.as_strided(shape, (size, width, 1), offset)
-
-
-class _RowReader:
-    """Reads the rows of keys and values of any tokens.
+class _Rows:
+    """The storage as rows of keys and of values.
 
     A row is a run of elements that starts at a multiple of the layout's unit; rows may overlap. Where keys
-    and values are equally wide, one copy fetches both.
+    and values are equally wide they do not, and one copy moves both.
     """
 
     def __init__(self, storage: Tensor, layout: BlockLayout) -> None:
         spec, unit = layout.spec, layout.unit
         self._rows_per_block = layout.block_elements // unit
         self._k_stride, self._v_stride = spec.k_width // unit, spec.v_width // unit
+        self._is_even = spec.k_width == spec.v_width
         firsts = [
             [layout.k_offset(at) // unit, layout.v_offset(at) // unit]
             for at in range(len(spec.layers))
@@ -86,18 +79,40 @@ class _RowReader:
         self._k_rows = _rows_of(storage, spec.k_width, unit)
         self._v_rows = _rows_of(storage, spec.v_width, unit)
 
+    def write(self, layer: int, slots: "Slots", k_TW: Tensor, v_TW: Tensor) -> None:
+        if self._is_even:
+            both = torch.stack((k_TW, v_TW)).view(-1, self._k_rows.shape[1])
+            self._k_rows.index_copy_(0, self._even_row_numbers(layer, slots), both)
+            return
+        k_rows_T, v_rows_T = self._row_numbers(layer, slots)
+        self._k_rows.index_copy_(0, k_rows_T, k_TW.flatten(1))
+        self._v_rows.index_copy_(0, v_rows_T, v_TW.flatten(1))
+
     def read(self, layer: int, slots: "Slots") -> tuple[Tensor, Tensor]:
-        if self._k_stride == self._v_stride:
-            rows_2T = self._firsts_L21[layer] + slots.bases(self._rows_per_block, self._k_stride)
-            both = torch.index_select(self._k_rows, 0, rows_2T.view(-1))
+        if self._is_even:
+            both = torch.index_select(self._k_rows, 0, self._even_row_numbers(layer, slots))
             k_TW, v_TW = both.view(2, -1, both.shape[1]).unbind()
             return k_TW, v_TW
-        k_first, v_first = self._firsts_L21[layer]
-        k_rows_T = k_first + slots.bases(self._rows_per_block, self._k_stride)
-        v_rows_T = v_first + slots.bases(self._rows_per_block, self._v_stride)
+        k_rows_T, v_rows_T = self._row_numbers(layer, slots)
         return (
             torch.index_select(self._k_rows, 0, k_rows_T),
             torch.index_select(self._v_rows, 0, v_rows_T),
+        )
+
+    def _even_row_numbers(self, layer: int, slots: "Slots") -> Tensor:
+        """Of the keys of all tokens, then of their values."""
+        base_T = slots.bases(self._rows_per_block, self._k_stride)
+        if self._firsts_L21.shape[0] * base_T.numel() > _MOST_ROWS_AT_ONCE:
+            return (self._firsts_L21[layer] + base_T).view(-1)
+        if not slots.layer_rows:
+            slots.layer_rows = (self._firsts_L21 + base_T).flatten(1).unbind()
+        return slots.layer_rows[layer]
+
+    def _row_numbers(self, layer: int, slots: "Slots") -> tuple[Tensor, Tensor]:
+        k_first, v_first = self._firsts_L21[layer]
+        return (
+            k_first + slots.bases(self._rows_per_block, self._k_stride),
+            v_first + slots.bases(self._rows_per_block, self._v_stride),
         )
 
 
@@ -109,11 +124,13 @@ def _rows_of(storage: Tensor, width: int, unit: int) -> Tensor:
 class Slots:
     """The places of T tokens in one group, for every layer of it."""
 
-    __slots__ = ("_bases", "blocks_T", "offsets_T")
+    __slots__ = ("_bases", "blocks_T", "layer_rows", "offsets_T")
 
     def __init__(self, blocks_T: Tensor, offsets_T: Tensor) -> None:
         self.blocks_T = blocks_T
         self.offsets_T = offsets_T
+        # Row numbers of each layer, where all layers' together are small: see _Rows.
+        self.layer_rows: tuple[Tensor, ...] = ()
         self._bases: dict[int, Tensor] = {}
 
     def bases(self, rows_per_block: int, rows_per_token: int) -> Tensor:

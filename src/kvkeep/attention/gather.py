@@ -29,7 +29,7 @@ class GatherAttention:
         k_TKD, v_TKD = k_1KTD[0].transpose(0, 1), v_1KTD[0].transpose(0, 1)
         if inputs.written_rows is not None:
             k_TKD, v_TKD = k_TKD[inputs.written_rows], v_TKD[inputs.written_rows]
-        self._arenas[group].write(layer, inputs.write_slots, k_TKD.flatten(1), v_TKD.flatten(1))
+        self._arenas[group].write(layer, inputs.write_slots, k_TKD, v_TKD)
 
     def read(self, inputs: GroupInputs, group: int, layer: int) -> tuple[Tensor, Tensor]:
         """All positions that the step's items read, batch after batch."""

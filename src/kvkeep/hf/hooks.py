@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvkeep.attention import AttentionTerms
 
-__all__ = ["AttentionStep", "decoder_configs", "installed"]
+__all__ = ["AttentionStep", "decoder_configs", "installed", "register"]
 
 _NAME = "kvkeep"
 
@@ -42,11 +42,15 @@ def decoder_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     return list(configs.values())
 
 
-@contextmanager
-def installed(configs: Sequence[PreTrainedConfig], step: AttentionStep) -> Iterator[None]:
-    """While the context lasts, models with these configs attend through `step`."""
+def register() -> None:
+    """Make the two functions known to transformers; until `installed`, no model uses them."""
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, _no_mask)
+
+
+@contextmanager
+def installed(configs: Sequence[PreTrainedConfig], step: AttentionStep) -> Iterator[None]:
+    """While the context lasts, models with these configs attend through `step`; call `register` before."""
     names = [config._attn_implementation_internal for config in configs]
     token = _STEP.set(step)
     try:

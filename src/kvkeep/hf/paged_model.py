@@ -17,9 +17,9 @@ from kvkeep.arena import ArenaGroups, RecurrentState
 from kvkeep.attention import AttentionBackend, GroupInputs, Item, build_group_inputs
 from kvkeep.cache import Lease
 from kvkeep.hf.geometry import ModelGeometry, text_config
-from kvkeep.hf.hooks import decoder_configs, installed
+from kvkeep.hf.hooks import decoder_configs, installed, register
 from kvkeep.hf.states import split_states, stack_states
-from kvkeep.hf.step_cache import DenseStepCache, PackedStepCache
+from kvkeep.hf.step_cache import DenseStepCache, PackedStepCache, layer_stubs
 from kvkeep.spec import LayerKind, Span
 
 __all__ = ["Mode", "PagedModel", "Work"]
@@ -68,6 +68,7 @@ class PagedModel:
         self._arenas = arenas
         self._backend = backend
         self._configs = decoder_configs(model)
+        self._stubs = layer_stubs(geometry)
         config = text_config(model)
         num_states = getattr(config, "number_of_conv_states", 1)
         self._num_states = dict.fromkeys(geometry.recurrent_layers, num_states)
@@ -76,6 +77,7 @@ class PagedModel:
         )
         # Llama 4 scales queries by get_seq_length() + index instead of by position_ids.
         self._adds_index = bool(getattr(config, "attn_temperature_tuning", False))
+        register()
         self._picks_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.inference_mode()
@@ -120,7 +122,7 @@ class PagedModel:
             self.geometry,
             self._backend,
             self._group_inputs(segments),
-            {},
+            self._stubs,
             gathers=self.mode is Mode.GATHER,
             offsets_T=self._index_offsets(positions_1T),
         )
@@ -133,7 +135,7 @@ class PagedModel:
             self.geometry,
             self._backend,
             self._group_inputs(segments),
-            state_layers,
+            [state_layers.get(at, stub) for at, stub in enumerate(self._stubs)],
             gathers=False,
         )
         with installed(self._configs, cache):
@@ -147,7 +149,7 @@ class PagedModel:
             self.geometry,
             self._backend,
             self._group_inputs(segments),
-            state_layers,
+            [state_layers.get(at, stub) for at, stub in enumerate(self._stubs)],
             span=segments[0].span,
         )
         logits_RV = self._call(segments, self._positions(segments), cache)

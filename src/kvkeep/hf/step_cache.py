@@ -14,7 +14,7 @@ from kvkeep.attention import AttentionBackend, AttentionTerms, GroupInputs
 from kvkeep.hf.geometry import ModelGeometry
 from kvkeep.spec import LayerKind, Span
 
-__all__ = ["DenseStepCache", "PackedStepCache"]
+__all__ = ["DenseStepCache", "PackedStepCache", "layer_stubs"]
 
 
 class _PagedLayer:
@@ -30,6 +30,16 @@ class _PagedLayer:
         self.is_sliding = is_sliding
 
 
+def layer_stubs(geometry: ModelGeometry) -> list[Any]:
+    """What a model finds in `Cache.layers`: made once, since every step looks the same to it."""
+    num_layers = max([*geometry.places, *geometry.recurrent_layers]) + 1
+    stubs: list[Any] = [DummyLayer() for _ in range(num_layers)]
+    for at in set(geometry.places) - geometry.consumers:
+        kind = geometry.spec.groups[geometry.places[at].group].kind
+        stubs[at] = _PagedLayer(is_sliding=kind is not LayerKind.FULL)
+    return stubs
+
+
 class _StepCache(Cache):
     """What both kinds of step share: the layers a model may look at, and writing."""
 
@@ -38,21 +48,12 @@ class _StepCache(Cache):
         geometry: ModelGeometry,
         backend: AttentionBackend,
         groups: Sequence[GroupInputs | None],
-        state_layers: dict[int, Any],
+        layers: list[Any],
     ) -> None:
         self.geometry = geometry
         self.backend = backend
         self.groups = groups
-        num_layers = max([*geometry.places, *geometry.recurrent_layers]) + 1
-        super().__init__(layers=[self._layer(at, state_layers) for at in range(num_layers)])
-
-    def _layer(self, at: int, state_layers: dict[int, Any]) -> Any:  # noqa: ANN401  layers of transformers share no base
-        if at in state_layers:
-            return state_layers[at]
-        if at in self.geometry.consumers or at not in self.geometry.places:
-            return DummyLayer()
-        kind = self.geometry.spec.groups[self.geometry.places[at].group].kind
-        return _PagedLayer(is_sliding=kind is not LayerKind.FULL)
+        super().__init__(layers=layers)
 
     def inputs(self, layer: int) -> GroupInputs:
         """The inputs of the group in which the model layer's K/V are."""
@@ -83,12 +84,12 @@ class PackedStepCache(_StepCache):
         geometry: ModelGeometry,
         backend: AttentionBackend,
         groups: Sequence[GroupInputs | None],
-        state_layers: dict[int, Any],
+        layers: list[Any],
         *,
         gathers: bool,
         offsets_T: Tensor | None = None,
     ) -> None:
-        super().__init__(geometry, backend, groups, state_layers)
+        super().__init__(geometry, backend, groups, layers)
         self._gathers = gathers
         self._offsets_T = offsets_T
 
@@ -130,11 +131,11 @@ class DenseStepCache(_StepCache):
         geometry: ModelGeometry,
         backend: AttentionBackend,
         groups: Sequence[GroupInputs | None],
-        state_layers: dict[int, Any],
+        layers: list[Any],
         *,
         span: Span,
     ) -> None:
-        super().__init__(geometry, backend, groups, state_layers)
+        super().__init__(geometry, backend, groups, layers)
         self._span = span
 
     def update(
