@@ -83,6 +83,10 @@ class KVCache:
         """For each group, the blocks of its arena."""
         return [ledger.pool.num_blocks for ledger in self._ledgers]
 
+    def num_available(self) -> list[int]:
+        """For each group, the blocks that are free or can be evicted."""
+        return [ledger.pool.num_available for ledger in self._ledgers]
+
     # --- the life of a lease ---------------------------------------------------------------------
 
     def reserve(self, chain: TokenChain, *, read: bool = True, write: bool = True) -> Lease | None:

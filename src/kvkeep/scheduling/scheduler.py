@@ -29,6 +29,11 @@ class PlannedWork:
     spans: tuple[Span, ...]
     is_last: bool
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the request that the step computes."""
+        return sum(len(span) for span in self.spans)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -40,7 +45,7 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """Tokens the step computes."""
-        return sum(len(span) for work in self.work for span in work.spans)
+        return sum(work.num_tokens for work in self.work)
 
 
 class Scheduler:
@@ -106,6 +111,9 @@ class Scheduler:
         skipped: deque[Request] = deque()
         while self._waiting and self.has_seat():
             request = self._waiting.popleft()
+            if self._would_thrash(request):
+                self._waiting.appendleft(request)
+                break
             if self._would_repeat(request):
                 skipped.append(request)
                 continue
@@ -116,6 +124,14 @@ class Scheduler:
                 break
             self._start(request, lease)
         self._waiting.extendleft(reversed(skipped))
+
+    def _would_thrash(self, request: Request) -> bool:
+        """Whether a request that gave its blocks back would have to do so again at once."""
+        if not request.num_preemptions or not self._running:
+            return False
+        needed = self._cache.blocks_needed(len(request.chain) + 1, self._max_batch_tokens)
+        available = self._cache.num_available()
+        return any(need > have for need, have in zip(needed, available, strict=True))
 
     def _would_repeat(self, request: Request) -> bool:
         """Whether a running request is computing the first block that this one is missing."""
@@ -154,9 +170,15 @@ class Scheduler:
         """Give the budget that is left to the oldest request that can use it."""
         for request in requests:
             planned = step.request_to_work.get(request)
-            if planned is not None and not planned.is_last and not self._cache.spec.is_recurrent:
+            if planned is None or planned.is_last or self._cache.spec.is_recurrent:
+                continue
+            lease = request.held_lease()
+            budget = step.budget + planned.num_tokens
+            spans = cut_spans(self._cache.spec, lease.gaps, len(lease.chain), budget)
+            # Where there is no room the smaller plan stands: nobody is preempted for leftovers.
+            if self._cache.extend(lease, spans):
                 step.cancel(request)
-                self._plan_request(step, request, step.budget)
+                step.plan(PlannedWork(request, spans, spans[-1].stop == len(lease.chain)))
 
     def _preempt(self, step: "_Step", request: Request) -> None:
         """Take the request's blocks; it resumes later with the same tokens."""
@@ -191,9 +213,9 @@ class _Step:
 
     def plan(self, work: PlannedWork) -> None:
         self.request_to_work[work.request] = work
-        self.budget -= sum(len(span) for span in work.spans)
+        self.budget -= work.num_tokens
 
     def cancel(self, request: Request) -> None:
         work = self.request_to_work.pop(request, None)
         if work is not None:
-            self.budget += sum(len(span) for span in work.spans)
+            self.budget += work.num_tokens
