@@ -115,6 +115,11 @@ def test_candidates_that_are_refused_are_taken_back(name: str, keep: KeepCache) 
     assert receipt_of(keep).reused_tokens >= (0 if name in RECURRENT else full_blocks)
 
 
+def full_block_counts(length: int) -> range:
+    """What may be known of a text whose full blocks are: some tokens of the last block, too."""
+    return range(length // BLOCK_SIZE * BLOCK_SIZE, length + 1)
+
+
 @every_architecture
 def test_left_padding_changes_nothing(name: str, keep: KeepCache) -> None:
     """Rows of three lengths; what they know is found in spite of their padding."""
@@ -124,6 +129,9 @@ def test_left_padding_changes_nothing(name: str, keep: KeepCache) -> None:
 
     shared = sum(PAD_LENGTHS) - len(PAD_LENGTHS)
     assert receipt_of(keep).reused_tokens == (0 if name in UNSHARED_WHEN_PADDED else shared)
+    for row, length in enumerate(PAD_LENGTHS):
+        known = keep.coverage(ids_BT[row, -length:]).known_tokens
+        assert known in ([0] if name in UNSHARED_WHEN_PADDED else full_block_counts(length))
     check(keep, name, ids_BT, attention_mask=mask_BT, num_beams=2)
 
 

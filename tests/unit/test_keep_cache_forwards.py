@@ -1,6 +1,5 @@
-"""KeepCache in forwards: with and without generate(), what it shares, and what it refuses."""
+"""KeepCache in forwards: with and without generate(), and what it shares."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from kvkeep.errors import ConfigError, RequestError
+from kvkeep.arena import Arena, Slots
+from kvkeep.errors import RequestError
 from kvkeep.hf.generate_cache import KeepCache
 from kvkeep.testing.tiny_models import build_tiny
 from tests.generate_calls import (
@@ -186,6 +186,91 @@ def test_other_positions_are_not_shared(model: PreTrainedModel, keep: KeepCache)
     assert known_tokens(keep, prompt) == 0
 
 
+def test_what_follows_unknown_content_is_not_shared(
+    model: PreTrainedModel, keep: KeepCache
+) -> None:
+    """A batch that begins with known tokens is published up to where it stops being known."""
+    first, second = prompt_of(10), prompt_of(20, seed=1)
+    forward(model, keep, first)
+    forward(model, keep, second, position_ids=torch.arange(50, 70)[None])
+    forward(model, keep, second, position_ids=torch.arange(30, 50)[None])
+
+    assert known_tokens(keep, torch.cat([first, second, second], dim=1)) == 8
+
+
+def test_rows_share_what_all_of_them_know(model: PreTrainedModel, keep: KeepCache) -> None:
+    """The row that knows least decides where the forward begins."""
+    long, short = prompt_of(40), prompt_of(40, seed=1)
+    generate(model, long, past_key_values=keep)
+    generate(model, short[:, :16], past_key_values=keep, max_new_tokens=1)
+    both = torch.cat([long, short])
+
+    assert generate(model, both, past_key_values=keep) == generate(model, both)
+    assert receipt_of(keep).reused_tokens == 2 * 16
+
+
+def test_a_row_may_evict_what_another_would_have_shared(model: PreTrainedModel) -> None:
+    """Where sharing for one row takes another row's blocks, both are computed instead."""
+    keep = KeepCache(model, capacity=9 * 6144 + 100, block_size=BLOCK_SIZE)
+    evicted, sharing = prompt_of(24), prompt_of(24, seed=1)
+    for prompt in (evicted, sharing, prompt_of(16, seed=2)):
+        generate(model, prompt, past_key_values=keep, max_new_tokens=1)
+    keep.reset()
+    assert keep.stats().free_bytes == 0
+    both = torch.cat([sharing, evicted])
+    both[0, 20:] = 1  # a block of which a beginning is known: it is copied
+
+    assert generate(model, both, past_key_values=keep) == generate(model, both)
+    assert receipt_of(keep).reused_tokens == 0
+    assert keep.verify().problems == ()
+
+
+def test_shared_blocks_are_not_written(
+    model: PreTrainedModel, keep: KeepCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last token of a known prompt is computed for its logits, its block is left alone."""
+    prompt = prompt_of(32)
+    generate(model, prompt, past_key_values=keep)
+    num_written = []
+    write = Arena.write
+
+    def counting(arena: Arena, layer: int, slots: Slots, *parts: Tensor) -> None:
+        num_written.append(slots.blocks_T.numel())
+        write(arena, layer, slots, *parts)
+
+    monkeypatch.setattr(Arena, "write", counting)
+    generate(model, prompt, past_key_values=keep, max_new_tokens=2)
+
+    assert num_written == [0] * 3 + [1] * 3
+    assert receipt_of(keep).reused_tokens == 31
+
+
+def test_states_of_different_calls_make_one_batch() -> None:
+    """Assisted calls record more of a convolution's past than others; what is kept is the same."""
+    model = build_tiny("lfm2")
+    keep = KeepCache(model, capacity="4MB", block_size=BLOCK_SIZE)
+    prompts = [prompt_of(24, seed) for seed in (0, 1)]
+    generate(model, prompts[0], past_key_values=keep, prompt_lookup_num_tokens=3)
+    generate(model, prompts[1], past_key_values=keep)
+    longer = torch.cat([torch.cat(prompts), prompt_of(6, num_rows=2)], dim=1)
+
+    assert generate(model, longer, past_key_values=keep) == generate(model, longer)
+    assert receipt_of(keep).reused_tokens == 48
+
+
+def test_states_that_have_seen_padding_are_not_shared() -> None:
+    """A recurrent state of a padded row is for that batch alone."""
+    model = build_tiny("qwen3_next")
+    keep = KeepCache(model, capacity="4MB", block_size=BLOCK_SIZE)
+    prompt = prompt_of(20)
+    mask = torch.ones_like(prompt)
+    mask[0, :3] = 0
+    text = generate(model, prompt, attention_mask=mask, past_key_values=keep, max_new_tokens=12)
+
+    assert text == generate(model, prompt, attention_mask=mask, max_new_tokens=12)
+    assert known_tokens(keep, torch.tensor(text)[:, 3:]) == 0
+
+
 def test_what_depends_on_the_rest_of_the_batch_is_not_shared() -> None:
     """Beyond the original context the frequencies of longrope follow the longest row."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
@@ -247,92 +332,5 @@ def test_a_forward_that_fails_midway_publishes_nothing(name: str) -> None:
     theirs = DynamicCache(config=model.config)
     expected = forward(model, theirs, whole)[:, -1]
     torch.testing.assert_close(forward(model, keep, second)[:, -1], expected, atol=1e-4, rtol=1e-4)
-
-
-# --- refusals -----------------------------------------------------------------------------
-
-
-def test_training_is_refused(model: PreTrainedModel, keep: KeepCache) -> None:
-    """The arena keeps no gradients."""
-    with torch.enable_grad(), pytest.raises(RequestError, match="keeps no gradients"):
-        model(input_ids=prompt_of(5), past_key_values=keep)
-    model.train()
-    with pytest.raises(RequestError, match=r"call model.eval\(\)"):
-        generate(model, prompt_of(5), past_key_values=keep)
-    with pytest.raises(ConfigError, match="model is in training mode"):
-        KeepCache(model, capacity="4MB")
-
-
-def test_settings_are_checked(model: PreTrainedModel) -> None:
-    """Each error names its field."""
-    with pytest.raises(ConfigError, match="block_size=0 is not a positive integer"):
-        KeepCache(model, block_size=0)
-    with pytest.raises(ConfigError, match="capacity='lots' is not a size"):
-        KeepCache(model, capacity="lots")
-    with pytest.raises(ConfigError, match="model=Linear is not a transformers model"):
-        KeepCache(nn.Linear(2, 2))  # type: ignore[arg-type]  # that is the point
-
-
-def test_the_end_of_a_text_alone_is_refused(model: PreTrainedModel, keep: KeepCache) -> None:
-    """New tokens with a mask or positions of the whole text mean a batch that is no longer there."""
-    prompt = prompt_of(20)
-    generate(model, prompt, past_key_values=keep)
-
-    mask = torch.ones(1, 30)
-    mask[0, 0] = 0
-    with pytest.raises(RequestError, match=r"to generate\(\) the full input_ids"):
-        generate(model, prompt_of(3), attention_mask=mask, past_key_values=keep)
-    with pytest.raises(RequestError, match="position_ids start at 20"):
-        generate(model, prompt_of(3), position_ids=torch.arange(20, 23)[None], past_key_values=keep)
-    with pytest.raises(RequestError, match="use_cache=False"):
-        generate(model, prompt, use_cache=False, past_key_values=keep)
-
-
-def test_padding_stays_padding(model: PreTrainedModel, keep: KeepCache) -> None:
-    """What was masked in the first forward was not kept, so that it cannot be read later."""
-    mask = torch.ones(1, 10)
-    mask[0, :3] = 0
-    positions = (torch.arange(10) - 3).clamp(min=0)[None]
-    forward(model, keep, prompt_of(10), attention_mask=mask, position_ids=positions)
-
-    with pytest.raises(RequestError, match="left padding before"):
-        forward(model, keep, prompt_of(1), attention_mask=torch.ones(1, 11))
-    with pytest.raises(RequestError, match="give the whole two-dimensional mask"):
-        forward(model, keep, prompt_of(1))
-    with pytest.raises(RequestError, match="attention_mask has 10 columns, but the batch has 11"):
-        forward(model, keep, prompt_of(1), attention_mask=mask)
-    with pytest.raises(RequestError, match="input_ids has 2 rows"):
-        forward(model, keep, prompt_of(1, num_rows=2), attention_mask=torch.ones(2, 11))
-
-
-def test_other_models_are_refused(model: PreTrainedModel, keep: KeepCache) -> None:
-    """A cache belongs to one model object, whole and as it was."""
-    other = build_tiny("llama", seed=1)
-    with pytest.raises(RequestError, match="did not see the forward begin"):
-        generate(other, prompt_of(5), past_key_values=keep)
-    of_other = KeepCache(other, capacity="4MB")
-    with pytest.raises(RequestError, match="made for another model object"):
-        generate(other, prompt_of(5), past_key_values=keep)
-    of_other.close()
-    with torch.no_grad(), pytest.raises(RequestError, match="did not see the forward begin"):
-        model.model(input_ids=prompt_of(5), past_key_values=keep)
-    model.double()
-    with pytest.raises(RequestError, match=r"keys are torch.float64 on cpu, .* torch.float32"):
-        generate(model, prompt_of(5), past_key_values=keep)
-
-
-def test_a_recurrent_state_cannot_be_cropped() -> None:
-    """What a state has seen cannot be taken out of it."""
-    model = build_tiny("qwen3_next")
-    keep = KeepCache(model, capacity="4MB", block_size=BLOCK_SIZE)
-    forward(model, keep, prompt_of(10))
-
-    with pytest.raises(RequestError, match=r"crop\(-2\) on a model with recurrent states"):
-        keep.crop(-2)
-    assert keep.get_seq_length() == 10
-
-
-def test_a_copy_is_refused(keep: KeepCache) -> None:
-    """Nobody needs one, and it would copy the model."""
-    with pytest.raises(RequestError, match="cannot be copied and need not be"):
-        copy.deepcopy(keep)
+    known = known_tokens(keep, torch.cat([whole, second], dim=1))
+    assert known == (24 if name == "llama" else 0)

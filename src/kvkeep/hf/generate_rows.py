@@ -200,7 +200,7 @@ class RowLeases:
         tokens: list[list[int]] = []
         rows: list[Row] = []
         for row, new in zip(self.rows, incoming.tokens, strict=True):
-            key = (row.pad, *_fingerprint(row.lease), tuple(new))
+            key = (*_fingerprint(row.lease), tuple(new))
             if key not in key_to_leader:
                 key_to_leader[key] = len(rows)
                 rows.append(row)
