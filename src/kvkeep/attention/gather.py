@@ -54,7 +54,7 @@ class GatherAttention:
                 k, v = new_kv[0][:, :, batch.rows], new_kv[1][:, :, batch.rows]
             else:
                 k, v = self._read_batch(group, layer, batch)
-            outputs.append(_attend_batch(batch, q_1HTD, k, v, terms))
+            outputs.append(_attend_batch(batch, _rows(batch, q_1HTD), k, v, terms))
         return _scatter(inputs, q_1HTD.shape[2], outputs)
 
     def attend_gathered(
@@ -70,7 +70,7 @@ class GatherAttention:
                 .transpose(0, 1)
                 for part in kv
             )
-            outputs.append(_attend_batch(batch, q_1HTD, k, v, terms))
+            outputs.append(_attend_batch(batch, _rows(batch, q_1HTD), k, v, terms))
             at += num_positions
         return _scatter(inputs, q_1HTD.shape[2], outputs)
 
@@ -90,34 +90,45 @@ def _concatenate(parts_BKSD: tuple[Tensor, ...]) -> Tensor:
 
 
 def _attend_batch(
-    batch: ReadBatch, q_1HTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, terms: AttentionTerms
+    batch: ReadBatch, q_THD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, terms: AttentionTerms
 ) -> Tensor:
     """Attention of one batch, shape [B*Q, H, D]."""
-    q_BHQD = q_1HTD[0, :, batch.rows].unflatten(1, (batch.num_items, -1)).transpose(0, 1)
-    num_heads, num_kv_heads = q_BHQD.shape[1], k_BKSD.shape[1]
-    if not terms.is_plain:
-        mask = batch.mask_BQS
-        if batch.is_causal:
-            mask = torch.ones(
-                1, batch.num_queries, batch.num_queries, dtype=torch.bool, device=q_1HTD.device
-            ).tril()
-        out = reference_attention(q_BHQD, k_BKSD, v_BKSD, mask, terms)
-        return out.transpose(1, 2).flatten(0, 1)
-    if batch.num_queries == 1:
+    num_heads, num_kv_heads = q_THD.shape[1], k_BKSD.shape[1]
+    if terms.is_plain and batch.num_queries == 1:
         # The heads of a K/V head become its queries: no K/V is repeated, and one read serves them all.
-        q_BHQD = q_BHQD.reshape(batch.num_items, num_kv_heads, -1, q_BHQD.shape[-1])
-    out = scaled_dot_product_attention(
-        q_BHQD,
-        k_BKSD,
-        v_BKSD,
-        attn_mask=None if batch.mask_BQS is None else batch.mask_BQS[:, None],
-        is_causal=batch.is_causal and batch.num_queries > 1,
-        scale=terms.scaling,
-        enable_gqa=q_BHQD.shape[1] != num_kv_heads,
-    )
-    if batch.num_queries == 1:
+        q_BKGD = q_THD.reshape(batch.num_items, num_kv_heads, -1, q_THD.shape[2])
+        mask = None if batch.mask_BQS is None else batch.mask_BQS[:, None]
+        out = scaled_dot_product_attention(
+            q_BKGD, k_BKSD, v_BKSD, attn_mask=mask, scale=terms.scaling
+        )
         return out.reshape(batch.num_items, num_heads, -1)
+    q_BHQD = q_THD.view(batch.num_items, -1, num_heads, q_THD.shape[2]).transpose(1, 2)
+    if terms.is_plain:
+        out = scaled_dot_product_attention(
+            q_BHQD,
+            k_BKSD,
+            v_BKSD,
+            attn_mask=None if batch.mask_BQS is None else batch.mask_BQS[:, None],
+            is_causal=batch.is_causal,
+            scale=terms.scaling,
+            enable_gqa=num_heads != num_kv_heads,
+        )
+    else:
+        out = reference_attention(q_BHQD, k_BKSD, v_BKSD, _explicit_mask(batch, q_THD), terms)
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def _explicit_mask(batch: ReadBatch, q_THD: Tensor) -> Tensor | None:
+    if not batch.is_causal:
+        return batch.mask_BQS
+    size = batch.num_queries
+    return torch.ones(1, size, size, dtype=torch.bool, device=q_THD.device).tril()
+
+
+def _rows(batch: ReadBatch, q_1HTD: Tensor) -> Tensor:
+    """The queries of a batch, [B*Q, H, D]."""
+    q_THD = q_1HTD[0].transpose(0, 1)
+    return q_THD if batch.is_all else q_THD[batch.rows]
 
 
 def _scatter(inputs: GroupInputs, num_tokens: int, outputs: list[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ Legend: T packed tokens of the step, B items of a batch, Q queries of an item, S
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class ReadBatch:
 
     `rows` are the packed rows of the B*Q queries. `mask_BQS` is True where a query reads, None where every
     query reads all (or, with `is_causal`, all up to itself). With `is_whole` the items read nothing but
-    the step's own tokens in `rows`.
+    the step's own tokens in `rows`; with `is_all` these are all rows of the step.
     """
 
     rows: slice | Tensor
@@ -47,6 +47,7 @@ class ReadBatch:
     mask_BQS: Tensor | None
     is_causal: bool
     is_whole: bool
+    is_all: bool = False
 
     @property
     def num_positions(self) -> int:
@@ -73,6 +74,8 @@ def build_group_inputs(
         _read_singles(spec, block_size, part, device) for part in _similar_lengths(spec, single)
     ]
     batches += [_read_span(spec, block_size, item, device) for item in items if len(item.span) > 1]
+    if len(batches) == 1:
+        batches = [replace(batches[0], is_all=True)]
     return GroupInputs(write_slots, written_rows, tuple(batches))
 
 
