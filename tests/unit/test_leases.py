@@ -10,6 +10,7 @@ from tests.content_store import (
     EVERY_MODEL,
     CheckedCache,
     cache_of,
+    chunked,
     full,
     recurrent,
     sliding,
@@ -137,6 +138,21 @@ def test_a_window_that_has_passed_cannot_be_truncated_into() -> None:
     assert checked.cache.truncate(lease, 17)
     lease.append([7, 7, 7])
     assert checked.finish(lease)
+
+    lease.release()
+    checked.assert_idle()
+
+
+def test_a_chunk_that_was_never_held_cannot_be_truncated_into() -> None:
+    """A request that begins at a chunk's start holds nothing of the chunk before."""
+    checked = cache_of(full(), chunked(8))
+    checked.warm(PROMPT)
+    lease = checked.begin(PROMPT)
+    assert lease.gaps == [Span(16, 18)]
+
+    assert not checked.cache.truncate(lease, 13)
+    assert lease.gaps == [Span(16, 18)]
+    assert checked.cache.truncate(lease, 16)
 
     lease.release()
     checked.assert_idle()

@@ -155,7 +155,8 @@ class KVCache:
         size, num_blocks = self.spec.block_size, self.spec.num_blocks(num_tokens)
         for group, table in enumerate(lease.tables):
             first = self.spec.groups[group].first_needed(num_tokens) // size
-            if group not in lease.states and None in table.blocks[first:num_blocks]:
+            needed = table.blocks[first:num_blocks]
+            if group not in lease.states and (len(needed) < num_blocks - first or None in needed):
                 return False
         lease.chain.truncate(num_tokens)
         lease.gaps.clear()
