@@ -48,6 +48,13 @@ class Arena:
         """One layer's keys [T, k_width] and values [T, v_width] of T tokens, in the order of `slots`."""
         return self._rows.read(layer, slots)
 
+    def borrow(self, layer: int, slots: "Slots") -> tuple[Tensor, Tensor]:
+        """The same as `read` in memory that the next `borrow` overwrites.
+
+        Fresh memory for every read would cost as much in page faults as the copy itself.
+        """
+        return self._rows.borrow(layer, slots)
+
     def block(self, block: BlockId) -> Tensor:
         """All elements of a block, shape [E], as they lie: a view."""
         size = self.layout.block_elements
@@ -78,6 +85,7 @@ class _Rows:
         self._firsts_L21 = torch.tensor(firsts, device=storage.device).unsqueeze(-1)
         self._k_rows = _rows_of(storage, spec.k_width, unit)
         self._v_rows = _rows_of(storage, spec.v_width, unit)
+        self._scratch = storage.new_empty(0, spec.k_width)
 
     def write(self, layer: int, slots: "Slots", k_TW: Tensor, v_TW: Tensor) -> None:
         if self._is_even:
@@ -98,6 +106,17 @@ class _Rows:
             torch.index_select(self._k_rows, 0, k_rows_T),
             torch.index_select(self._v_rows, 0, v_rows_T),
         )
+
+    def borrow(self, layer: int, slots: "Slots") -> tuple[Tensor, Tensor]:
+        if not self._is_even:
+            return self.read(layer, slots)
+        rows_2T = self._even_row_numbers(layer, slots)
+        if self._scratch.shape[0] < rows_2T.shape[0]:
+            self._scratch = self._k_rows.new_empty(rows_2T.shape[0], self._k_rows.shape[1])
+        both = self._scratch[: rows_2T.shape[0]]
+        torch.index_select(self._k_rows, 0, rows_2T, out=both)
+        k_TW, v_TW = both.view(2, -1, both.shape[1]).unbind()
+        return k_TW, v_TW
 
     def _even_row_numbers(self, layer: int, slots: "Slots") -> Tensor:
         """Of the keys of all tokens, then of their values."""

@@ -12,6 +12,7 @@ from kvkeep.arena import ArenaGroups
 from kvkeep.attention.base import AttentionTerms
 from kvkeep.attention.inputs import GroupInputs, ReadBatch
 from kvkeep.attention.reference import reference_attention
+from kvkeep.spec import GroupSpec
 
 __all__ = ["GatherAttention"]
 
@@ -33,7 +34,11 @@ class GatherAttention:
 
     def read(self, inputs: GroupInputs, group: int, layer: int) -> tuple[Tensor, Tensor]:
         """All positions that the step's items read, batch after batch."""
-        parts = [self._read_batch(group, layer, batch) for batch in inputs.batches]
+        arena = self._arenas[group]
+        parts = [
+            _by_head(arena.layout.spec, batch, arena.read(layer, batch.slots))
+            for batch in inputs.batches
+        ]
         k_BKSD, v_BKSD = zip(*parts, strict=True)
         return _concatenate(k_BKSD), _concatenate(v_BKSD)
 
@@ -53,7 +58,9 @@ class GatherAttention:
                 # The tokens just written are all there is to read: no need to fetch them back.
                 k, v = new_kv[0][:, :, batch.rows], new_kv[1][:, :, batch.rows]
             else:
-                k, v = self._read_batch(group, layer, batch)
+                arena = self._arenas[group]
+                kv = arena.borrow(layer, batch.slots)
+                k, v = _by_head(arena.layout.spec, batch, kv)
             outputs.append(_attend_batch(batch, _rows(batch, q_1HTD), k, v, terms))
         return _scatter(inputs, q_1HTD.shape[2], outputs)
 
@@ -74,14 +81,12 @@ class GatherAttention:
             at += num_positions
         return _scatter(inputs, q_1HTD.shape[2], outputs)
 
-    def _read_batch(self, group: int, layer: int, batch: ReadBatch) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, K, S, D] of a batch, as views of one row copy per position."""
-        arena = self._arenas[group]
-        spec = arena.layout.spec
-        k_TW, v_TW = arena.read(layer, batch.slots)
-        k_BSKD = k_TW.view(batch.num_items, -1, spec.k_heads, spec.k_dim)
-        v_BSKD = v_TW.view(batch.num_items, -1, spec.v_heads, spec.v_dim)
-        return k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
+
+def _by_head(spec: GroupSpec, batch: ReadBatch, kv: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, K, S, D] of a batch, as views of what was read."""
+    k_BSKD = kv[0].view(batch.num_items, -1, spec.k_heads, spec.k_dim)
+    v_BSKD = kv[1].view(batch.num_items, -1, spec.v_heads, spec.v_dim)
+    return k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
 
 
 def _concatenate(parts_BKSD: tuple[Tensor, ...]) -> Tensor:

@@ -16,6 +16,8 @@ __all__ = ["GroupInputs", "Item", "ReadBatch", "build_group_inputs"]
 
 # Single-token items are read together while padding stays under a third of the longest.
 _MIN_LENGTH_RATIO = 0.75
+# And while what they read stays in the processor's caches between the gather and the attention.
+_MOST_READ_BYTES = 2**23
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +108,11 @@ def _similar_lengths(spec: GroupSpec, items: Sequence[Item]) -> list[list[Item]]
     """Items sorted into batches whose lengths are close, so that padding stays small."""
     batches: list[list[Item]] = []
     longest = 0
+    token_bytes = (spec.k_width + spec.v_width) * spec.itemsize
     for item in sorted(items, key=lambda item: -_num_read(spec, item)):
         length = _num_read(spec, item)
-        if not batches or length < _MIN_LENGTH_RATIO * longest:
+        is_full = batches and (len(batches[-1]) + 1) * longest * token_bytes > _MOST_READ_BYTES
+        if not batches or is_full or length < _MIN_LENGTH_RATIO * longest:
             batches.append([])
             longest = length
         batches[-1].append(item)
