@@ -77,8 +77,11 @@ def _compare(
         warmups=2,
         budget_s=budget_s,
     )
-    reused = llm.cache.stats().reused_tokens
-    run.check("no request reused anything", holds=reused == 0, found=f"({reused} tokens)")
+    # Two random prompts may begin with the same token or two, which are shared as any prefix is.
+    reused = llm.cache.stats().reused_tokens / settings.prompt / len(paired.first_s)
+    run.check(
+        "no request reused anything", holds=reused < 0.001, found=f"({reused:.2%} of its tokens)"
+    )
     return paired
 
 
