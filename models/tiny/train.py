@@ -30,14 +30,20 @@ from models.tiny.tasks import RECALL
 LENGTHS = (512, 2048, 4608)
 BATCH_TOKENS = 2048
 RECALL_BOOST = 10.0
-MATRIX_RATE, OTHER_RATE = 0.01, 0.002
+MATRIX_RATE, OTHER_RATE = 0.012, 0.004
 WARMUP_STEPS = 40
 DECAY_SHARE = 0.4
 STAGE_ACCURACY, STAGE_MIN_STEPS, STAGE_MAX_STEPS = 0.93, 60, 250
+ROW_SHARES = (0.74, 0.14, 0.12)  # of the batches, by row length, once all are unlocked
 STAGE_TASKS = ("keyed", "needle", "chat")
 SAVE_SECONDS = 120
-EARLY = {"keyed": 25, "needle": 16, "copy": 8, "variables": 8, "chat": 16, "raw": 7, "code": 20}
-LATE = {"keyed": 13, "needle": 12, "copy": 3, "variables": 5, "chat": 12, "raw": 3, "code": 52}
+MOSTLY_RECALL: dict[str, float] = {
+    "keyed": 22, "needle": 14, "copy": 8, "variables": 10, "chat": 26, "raw": 8, "code": 12
+}  # fmt: skip
+# Once all lengths are unlocked, the shortest rows are for code: long ones cost several times more.
+MOSTLY_CODE: dict[str, float] = {
+    "keyed": 6, "needle": 4, "copy": 2, "variables": 4, "chat": 7, "raw": 4, "code": 73
+}  # fmt: skip
 
 log = logging.getLogger("tiny")
 
@@ -124,13 +130,12 @@ class Trainer:
         self.rng.setstate(state["rng"])
 
     def draw(self) -> Batch:
-        """A batch at one of the unlocked lengths, the newest one half of the time."""
-        stage = self.progress.stage
-        if stage and self.rng.random() < 0.5:
-            stage = self.rng.randrange(stage)
-        length = LENGTHS[stage]
-        late = min(1.0, self.progress.tokens / self.budget * 2)
-        mixture = {kind: (1 - late) * EARLY[kind] + late * LATE[kind] for kind in EARLY}
+        """A batch at one of the unlocked lengths."""
+        unlocked = LENGTHS[: self.progress.stage + 1]
+        complete = unlocked == LENGTHS
+        shares = ROW_SHARES if complete else [1.0] * len(unlocked)
+        (length,) = self.rng.choices(unlocked, weights=shares)
+        mixture = MOSTLY_CODE if complete and length == LENGTHS[0] else MOSTLY_RECALL
         return self.sampler.batch(max(1, BATCH_TOKENS // length), length, mixture)
 
     def set_rates(self) -> None:
