@@ -2,7 +2,7 @@
 
 PYTHON ?=
 VENV ?= .venv
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 BENCH_ARGS ?=
 SOAK_ARGS ?=
 
@@ -35,7 +35,7 @@ setup: $(DEVELOPMENT) ## create .venv with kvkeep and the development tools in i
 demo: $(RUNTIME) ## show what the cache does, on the bundled model
 	$(BIN)/kvkeep demo
 
-test: $(DEVELOPMENT) ## run the tests (PYTEST_ARGS="-n 2 -k name" to choose)
+test: $(DEVELOPMENT) ## run the tests (PYTEST_ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 test-gpu: $(DEVELOPMENT) ## run the tests that need a GPU

@@ -5,6 +5,9 @@ import os
 # Before anything imports transformers or tokenizers, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tiny models have nothing to share among threads, and two test processes share the cores. An idle
+# OpenMP thread that spins for its next turn costs more than a test.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import ipaddress
 import random

@@ -74,7 +74,7 @@ def _source(name: str) -> str:
     if is_path and not path.is_dir():
         raise ConfigError(
             f"model={name!r} is no folder; give the path of a transformers checkpoint, a hub id, or "
-            f"{BUNDLED!r} for the bundled model"
+            f"{BUNDLED!r} for the bundled one"
         )
     return str(path) if path.is_dir() else name
 
