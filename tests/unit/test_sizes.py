@@ -68,3 +68,9 @@ def test_more_than_everything_is_refused(value: str) -> None:
 def test_sizes_are_written_for_people(num_bytes: float, expected: str) -> None:
     """Three digits and a decimal unit."""
     assert format_bytes(num_bytes) == expected
+
+
+def test_a_size_of_hundreds_of_digits_is_refused() -> None:
+    """What would overflow a float is a ConfigError like any other slip."""
+    with pytest.raises(ConfigError, match=r"capacity='9+\.*.*is more than any memory"):
+        parse_bytes("9" * 400 + "GB", total_bytes=1)

@@ -11,6 +11,8 @@ _UNIT_TO_BYTES = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
+# What is larger is a slip of the keyboard, and would overflow further on.
+_MOST_AMOUNT = 2.0**62
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*$")
 
 
@@ -34,6 +36,8 @@ def parse_bytes(value: int | str, *, total_bytes: int, field: str = "capacity") 
         amount = float(match[1])
         if unit == "%" and amount > 100:
             raise ConfigError(f"{field}={value!r} is more than all memory; write at most 100%")
+        if amount > _MOST_AMOUNT:
+            raise ConfigError(f"{field}={value!r:.40} is more than any memory; give fewer digits")
         size = int(amount * (total_bytes / 100 if unit == "%" else _UNIT_TO_BYTES[unit]))
     if size <= 0:
         raise ConfigError(f"{field}={value!r} is not positive; give at least one block's bytes")

@@ -280,7 +280,8 @@ class RowLeases:
         if row.lease is None:
             return
         if num_tokens > 0:
-            self.cache.truncate(row.lease, num_tokens)
+            is_cut = self.cache.truncate(row.lease, num_tokens)
+            assert is_cut, "every layer keeps all positions here, so nothing was left behind"
         else:
             row.lease.release()
             row.lease = None
