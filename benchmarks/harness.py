@@ -326,6 +326,16 @@ def table(result: Result) -> str:
     return "\n".join([*lines, f"  took {result.duration_s} s", ""])
 
 
+def read(name: str, folder: Path) -> Result | None:
+    """The result that an earlier run wrote, or None."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return None
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["findings"] = [Finding(**finding) for finding in fields["findings"]]
+    return Result(**fields)
+
+
 def write(result: Result, folder: Path) -> Path:
     """Write the result as `folder/NAME.json`."""
     folder.mkdir(parents=True, exist_ok=True)

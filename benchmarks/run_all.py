@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.harness import RESULTS, BenchmarkError, Result
+from benchmarks.harness import RESULTS, BenchmarkError, Result, read
 
 # How the budget is divided, in minutes of 35; the rest is for models and checks.
 NAME_TO_MINUTES = {
@@ -41,13 +41,18 @@ class Entry:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Entry]:
-    """Run all benchmarks in this process, so that models are built once; write summary.md."""
+    """Run all benchmarks in this process, so that models are built once; write summary.md.
+
+    A script that is not asked for keeps its last result there.
+    """
     options = _parse(argv)
     share = options.budget_minutes / FULL_MINUTES
+    folder = options.results or RESULTS
     start, entries = perf_counter(), []
     for name, minutes in NAME_TO_MINUTES.items():
         if options.only and name not in options.only:
-            entries.append(Entry(name=name, result=None, failure="not asked for"))
+            earlier = None if options.quick else read(name, folder)
+            entries.append(Entry(name=name, result=earlier, failure="not asked for"))
             continue
         arguments = [f"--budget={60 * minutes * share:g}", f"--threads={options.threads}"]
         arguments += ["--quick"] if options.quick else []
@@ -57,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> list[Entry]:
     text = summary(entries, took_s)
     print(text)
     if options.results is not None or not options.quick:
-        folder = options.results or RESULTS
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.md").write_text(text + "\n", encoding="utf-8")
     return entries
@@ -96,14 +100,15 @@ def summary(entries: Sequence[Entry], took_s: float) -> str:
             f"{one.machine['cpu']}, {one.machine['cores']} cores ({flags}), "
             f"{one.machine['ram_gb']} GB; {one.threads} threads; "
             + ", ".join(f"{name} {version}" for name, version in results[-1].versions.items())
-            + f"; commit {(one.commit or 'unknown')[:12]}"
-            + (" with local changes" if one.is_modified else "")
-            + f"; {one.date}; {took_s / 60:.1f} minutes.",
+            + f"; this run took {took_s / 60:.1f} minutes.",
             "",
             _LEGEND,
             "",
         ]
-    lines += ["| claim | measured | target | holds | command |", "|---|---|---|---|---|"]
+    lines += [
+        "| claim | measured | target | holds | command | commit |",
+        "|---|---|---|---|---|---|",
+    ]
     for entry in entries:
         lines += _rows(entry)
     return "\n".join(lines)
@@ -111,13 +116,13 @@ def summary(entries: Sequence[Entry], took_s: float) -> str:
 
 def _rows(entry: Entry) -> list[str]:
     if entry.result is None:
-        return [f"| {entry.name} | did not run: {entry.failure} | | no | |"]
+        return [f"| {entry.name} | did not run: {entry.failure} | | no | | |"]
     result = entry.result
     with_target = [finding for finding in result.findings if finding.target is not None]
     return [
         f"| {one.what} | {one.median:.4g} {one.unit} [{one.low:.4g} .. {one.high:.4g}, n={one.count}] | "
         f"{one.target or ''} | {'' if one.holds is None else 'yes' if one.holds else 'no'} | "
-        f"`{result.command}` |"
+        f"`{result.command}` | {(result.commit or 'unknown')[:8]}{'+' if result.is_modified else ''} |"
         for one in with_target or result.findings
     ]
 
