@@ -9,26 +9,33 @@ SOAK_ARGS ?=
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
-INSTALL_INPUTS := pyproject.toml scripts/make_venv.sh scripts/install_torch.py
+NATIVE := $(shell find native -name '*.cpp' -o -name '*.h')
+INSTALL_INPUTS := pyproject.toml scripts/make_venv.sh scripts/install_torch.py \
+	native/CMakeLists.txt $(filter-out native/tests/%,$(NATIVE))
 # The checks look at the parts of the tree that exist.
 CODE := $(wildcard src models benchmarks tests scripts examples)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-gpu format bench soak docs clean
-.PHONY: check check-format check-lint check-types check-layers check-sizes
+.PHONY: check check-format check-lint check-types check-layers check-sizes check-native
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(RUNTIME): $(INSTALL_INPUTS)
+define install
 	@sh scripts/make_venv.sh "$(VENV)" "$(PYTHON)"
 	@$(BIN)/python scripts/install_torch.py
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable "$(1)"
+endef
+
+$(RUNTIME): $(INSTALL_INPUTS)
+	$(call install,.)
 	@touch $@
 
-$(DEVELOPMENT): $(RUNTIME)
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	@touch $@
+# Not on top of the other, which would compile the kernels twice.
+$(DEVELOPMENT): $(INSTALL_INPUTS)
+	$(call install,.[dev])
+	@touch $(RUNTIME) $@
 
 setup: $(DEVELOPMENT) ## create .venv with kvkeep and the development tools in it
 
@@ -45,6 +52,7 @@ check: check-format check-lint check-types check-layers check-sizes ## all check
 
 check-format: $(DEVELOPMENT)
 	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 check-lint: $(DEVELOPMENT)
 	$(BIN)/ruff check $(CODE)
@@ -58,9 +66,13 @@ check-layers: $(DEVELOPMENT)
 check-sizes: $(DEVELOPMENT)
 	$(BIN)/python scripts/check_sizes.py
 
+check-native: $(DEVELOPMENT) ## lint the C++ sources and stress them under sanitizers
+	PATH="$(abspath $(BIN)):$$PATH" sh scripts/check_native.sh
+
 format: $(DEVELOPMENT) ## format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix --exit-zero --quiet $(CODE)
 	$(BIN)/ruff format $(CODE)
+	$(BIN)/clang-format -i $(NATIVE)
 
 docs: $(DEVELOPMENT) ## check links, examples and the command line help in the documents
 	$(BIN)/python scripts/check_docs.py

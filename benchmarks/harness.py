@@ -269,7 +269,8 @@ class Script(Generic[S]):
         shown = [
             a
             for at, a in enumerate(arguments)
-            if "--results" not in arguments[max(0, at - 1) : at + 1]
+            if not a.startswith("--results=")
+            and "--results" not in arguments[max(0, at - 1) : at + 1]
         ]
         return Result(
             name=self.name,

@@ -11,20 +11,30 @@ from pathlib import Path
 from time import perf_counter
 
 from benchmarks.harness import RESULTS, BenchmarkError, Result, read
+from benchmarks.shapes import SHAPES
 
-# How the budget is divided, in minutes of 35; the rest is for models and checks.
+# How the budget is divided, in minutes; the rest of it is for models and checks.
 NAME_TO_MINUTES = {
     "ledger": 0.5,
     "memory_waste": 3.0,
     "overhead": 1.5,
+    "linear": 2.0,
+    "attention": 4.0,
     "cached_vs_uncached": 1.5,
     "engine_vs_generate": 3.0,
     "cache_overhead": 3.5,
     "warm_prefix": 4.0,
     "repair": 4.0,
-    "batch32": 9.0,
+    "format_quality": 5.0,
+    "batch32": 11.0,
+    "decode": 6.0,
 }
-FULL_MINUTES = 35.0
+FULL_MINUTES = 52.0
+# Scripts that measure a model of a real shape, and so can be asked for another one. The batches of "decode"
+# are as large as memory allows in its own shape.
+SHAPED = frozenset(NAME_TO_MINUTES) - {
+    "ledger", "linear", "attention", "decode", "format_quality", "memory_waste", "overhead",
+}  # fmt: skip
 _LEGEND = (
     "Medians, with the 10th to the 90th percentile in brackets, or the extremes where there are fewer than "
     "ten. What else was measured, and how, is in the results files."
@@ -43,20 +53,24 @@ class Entry:
 def main(argv: Sequence[str] | None = None) -> list[Entry]:
     """Run all benchmarks in this process, so that models are built once; write summary.md.
 
-    A script that is not asked for keeps its last result there.
+    A script that is not asked for keeps its last result there. Results of another shape than the usual one
+    have a folder of their own.
     """
     options = _parse(argv)
     share = options.budget_minutes / FULL_MINUTES
-    folder = options.results or RESULTS
+    folder = options.results or (RESULTS / options.shape if options.shape else RESULTS)
     start, entries = perf_counter(), []
     for name, minutes in NAME_TO_MINUTES.items():
-        if options.only and name not in options.only:
+        if options.shape and name not in SHAPED:
+            continue
+        if options.only is not None and name not in options.only:
             earlier = None if options.quick else read(name, folder)
             entries.append(Entry(name=name, result=earlier, failure="not asked for"))
             continue
         arguments = [f"--budget={60 * minutes * share:g}", f"--threads={options.threads}"]
         arguments += ["--quick"] if options.quick else []
-        arguments += [f"--results={options.results}"] if options.results else []
+        arguments += [f"--set=shape={options.shape}"] if options.shape else []
+        arguments += [f"--results={folder}"] if options.results or options.shape else []
         entries.append(_run(name, arguments))
     took_s = perf_counter() - start
     text = summary(entries, took_s)
@@ -73,7 +87,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-minutes", type=float, default=FULL_MINUTES)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--results", type=Path, help="folder of the results")
-    parser.add_argument("--only", nargs="*", choices=sorted(NAME_TO_MINUTES), help="run these only")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=sorted(NAME_TO_MINUTES),
+        help="run these only; without names, make the summary of the last results anew",
+    )
+    parser.add_argument(
+        "--shape", choices=sorted(SHAPES), help="another model shape than the usual one"
+    )
     return parser.parse_args(argv)
 
 

@@ -103,24 +103,32 @@ class EngineSteps:
 
 
 class DecodeLoop:
-    """The loop inside `generate` with a DynamicCache, and nothing around it: the least it can take."""
+    """The loop inside `generate` with a DynamicCache, and nothing around it: the least it can take.
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+    `prompts` go on behind what is in `cache`, which is empty by default.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        cache: DynamicCache | None = None,
+    ) -> None:
         self._model = model
-        self._cache = DynamicCache(config=model.config)
-        self._next_B1 = torch.tensor([list(ids) for ids in prompts])
+        self._cache = DynamicCache(config=model.config) if cache is None else cache
+        self.next_B1 = torch.tensor([list(ids) for ids in prompts])
         self.step()
 
     def step(self) -> None:
         """Compute one token of every row."""
         with torch.inference_mode():
             logits_B1V = self._model(
-                input_ids=self._next_B1,
+                input_ids=self.next_B1,
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
             ).logits
-            self._next_B1 = logits_B1V.argmax(dim=-1)
+            self.next_B1 = logits_B1V.argmax(dim=-1)
 
 
 def uncached_token(model: PreTrainedModel, token_ids: Sequence[int]) -> int:

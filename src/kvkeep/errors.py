@@ -8,7 +8,8 @@
     ├── CodecError                     a KV format cannot encode or decode this
     ├── TierError                      a medium below the device failed
     ├── UnsupportedModelError          a model cannot be served right, with the measured error
-    └── SamplingError                  the model's logits cannot be sampled
+    ├── SamplingError                  the model's logits cannot be sampled
+    └── KernelError                    a CPU kernel refused its arguments, or found no memory
 
 Every message names the field, its value and the remedy. "Not found" and "no room" on the hot path are
 return values, never errors.
@@ -20,6 +21,7 @@ __all__ = [
     "ConfigError",
     "CorruptBlockError",
     "KVKeepError",
+    "KernelError",
     "RequestError",
     "SamplingError",
     "TierError",
@@ -61,3 +63,7 @@ class UnsupportedModelError(KVKeepError):
 
 class SamplingError(KVKeepError):
     """The model's logits cannot be sampled (NaN, or nothing left to choose from)."""
+
+
+class KernelError(KVKeepError):
+    """A CPU kernel refused its arguments before it touched memory, or found no memory to work in."""

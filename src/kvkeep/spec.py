@@ -1,18 +1,29 @@
 """Shapes and ids: what a model's KV looks like, before any memory exists."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from enum import StrEnum
 from typing import NewType
 
+from kvkeep.errors import ConfigError
+
 __all__ = [
+    "FORMAT_NAMES",
+    "LONG_FORMAT_NAMES",
     "BlockId",
     "BlockKey",
     "GroupSpec",
+    "KVFormat",
     "KVSpec",
+    "LayerFormat",
     "LayerKind",
     "RequestId",
     "Span",
+    "check_format_name",
+    "with_format",
+    "words_can_hold",
 ]
 
 # A place on the device, reused all the time. Never compare it with content.
@@ -29,6 +40,75 @@ class LayerKind(StrEnum):
     SLIDING = "sliding"  # the last `window` positions, p included
     CHUNKED = "chunked"  # those of its own chunk of `window` positions
     RECURRENT = "recurrent"  # none: a state is carried instead
+
+
+class KVFormat(StrEnum):
+    """How the elements of one token's keys, or values, of one head are stored."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FP8 = "fp8"  # e4m3fn times a scale
+    INT8 = "int8"  # symmetric times a scale
+    INT4 = "int4"  # rotated, minimum plus code times a scale
+
+    @property
+    def bits(self) -> int:
+        """Bits of an element, metadata not counted."""
+        return _FORMAT_TO_BITS[self]
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether elements are codes that mean something with their vector's metadata only."""
+        return self.bits <= 8
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes beside the codes of one token and head."""
+        return 4 if self.is_quantised else 0
+
+    def vector_bytes(self, dim: int) -> int:
+        """Bytes of a vector of `dim` elements, metadata included."""
+        return dim * self.bits // 8 + self.metadata_bytes
+
+
+_FORMAT_TO_BITS = {
+    KVFormat.FLOAT32: 32,
+    KVFormat.FLOAT16: 16,
+    KVFormat.BFLOAT16: 16,
+    KVFormat.FP8: 8,
+    KVFormat.INT8: 8,
+    KVFormat.INT4: 4,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFormat:
+    """The formats of one layer's keys and values."""
+
+    k: KVFormat
+    v: KVFormat
+
+    def __str__(self) -> str:
+        """What namespaces call it: of quantised formats with the version of their encoding."""
+        name = _LAYER_FORMAT_TO_NAME.get(self, f"{self.k}+{self.v}")
+        is_quantised = self.k.is_quantised or self.v.is_quantised
+        return f"{name}/{_ENCODING_VERSION}" if is_quantised else name
+
+
+# Grows when a vector gets other codes than before (docs/formats.md): such blocks must never meet.
+_ENCODING_VERSION = 1
+_NAME_TO_LAYER_FORMAT = {
+    **{item.value: LayerFormat(item, item) for item in KVFormat},
+    "k8v4": LayerFormat(KVFormat.INT8, KVFormat.INT4),
+}
+_LAYER_FORMAT_TO_NAME = {item: name for name, item in _NAME_TO_LAYER_FORMAT.items()}
+_SHORT_TO_NAME = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# What `kv_format` may be, without and with the short names of some.
+LONG_FORMAT_NAMES = ("auto", *_NAME_TO_LAYER_FORMAT)
+FORMAT_NAMES = (*LONG_FORMAT_NAMES, *_SHORT_TO_NAME)
+# Keys, values and metadata are matrices of 32-bit words: 8 elements of 4 bits.
+_ELEMENTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +129,9 @@ class GroupSpec:
     `k_heads * k_dim` and `v_heads * v_dim` are the elements a token stores per layer. MLA models store a
     latent as "keys" and the rotated part as "values", so the two widths may differ. A recurrent group
     has one state per block in place of tokens: `state_bytes`, and no widths.
+
+    `formats` has one entry a layer; without any, K/V are stored as the model computes them, `itemsize` bytes
+    an element.
     """
 
     name: str
@@ -61,6 +144,10 @@ class GroupSpec:
     v_dim: int = 0
     itemsize: int = 0
     state_bytes: int = 0
+    formats: tuple[LayerFormat, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert len(self.formats) in (0, len(self.layers))
 
     @property
     def k_width(self) -> int:
@@ -75,7 +162,13 @@ class GroupSpec:
     @property
     def bytes_per_token(self) -> int:
         """Bytes a token takes in all layers of the group."""
-        return len(self.layers) * (self.k_width + self.v_width) * self.itemsize
+        if not self.formats:
+            return len(self.layers) * (self.k_width + self.v_width) * self.itemsize
+        return sum(
+            self.k_heads * layer.k.vector_bytes(self.k_dim)
+            + self.v_heads * layer.v.vector_bytes(self.v_dim)
+            for layer in self.formats
+        )
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one block: `block_size` tokens, or one recurrent state."""
@@ -116,6 +209,28 @@ class KVSpec:
         """Whether some layers carry a state that only a whole run of tokens can rebuild."""
         return any(group.kind is LayerKind.RECURRENT for group in self.groups)
 
+    @property
+    def kv_format(self) -> str:
+        """How K/V are stored, as canonical text for a namespace: docs/formats.md.
+
+        The format of most layers; then, for each other one, the layers that have it: "int4/1;0,1=bfloat16".
+        """
+        layer_to_name = {
+            layer: str(group.formats[at]) if group.formats else self.dtype
+            for group in self.groups
+            if group.kind is not LayerKind.RECURRENT
+            for at, layer in enumerate(group.layers)
+        }
+        counts = Counter(layer_to_name.values())
+        # A tie is decided by name, the last first, which puts what is quantised before floats.
+        order = sorted(counts, key=lambda name: (counts[name], name), reverse=True)
+        first, *others = order or [self.dtype]
+        parts = [first]
+        for name in others:
+            layers = sorted(at for at, own in layer_to_name.items() if own == name)
+            parts.append(f"{','.join(map(str, layers))}={name}")
+        return ";".join(parts)
+
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens occupy, the open tail included."""
         return -(-num_tokens // self.block_size)
@@ -123,6 +238,91 @@ class KVSpec:
     def block_bytes(self) -> int:
         """Bytes of one block in every group."""
         return sum(group.block_bytes(self.block_size) for group in self.groups)
+
+
+def check_format_name(name: str) -> None:
+    """Raise ConfigError, with the nearest name, unless `name` is one of FORMAT_NAMES."""
+    if name not in FORMAT_NAMES:
+        near = get_close_matches(str(name), FORMAT_NAMES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(FORMAT_NAMES)}"
+        raise ConfigError(f"kv_format={name!r} is unknown; {hint}")
+
+
+def with_format(spec: KVSpec, name: str, *, exact_layers: Collection[int] = ()) -> KVSpec:
+    """`spec` with K/V stored as `name` says, one of FORMAT_NAMES; "auto" is as the model computes them.
+
+    So do the model's layers of `exact_layers` stay, and groups whose keys and values differ in heads, where
+    others can have the format; recurrent groups have none. Raises ConfigError for an unknown name, for a
+    layer that keeps no K/V, and for shapes that the format cannot hold.
+    """
+    check_format_name(name)
+    _check_exact_layers(spec, exact_layers)
+    plain = replace(spec, groups=tuple(replace(group, formats=()) for group in spec.groups))
+    full_name = _SHORT_TO_NAME.get(name, name)
+    if full_name in ("auto", spec.dtype):
+        return plain
+    if not any(_may_have_format(group) for group in plain.groups):
+        raise ConfigError(
+            f"kv_format={name!r} needs layers with as many key heads as value heads, and this model has "
+            "none; use kv_format='auto'"
+        )
+    wanted, as_computed = _NAME_TO_LAYER_FORMAT[full_name], _as_computed(spec)
+    groups = []
+    for group in plain.groups:
+        formats = tuple(as_computed if at in exact_layers else wanted for at in group.layers)
+        if _may_have_format(group) and set(formats) != {as_computed}:
+            _check_shape(name, group, spec.block_size)
+            groups.append(replace(group, formats=formats))
+        else:
+            groups.append(group)
+    return replace(plain, groups=tuple(groups))
+
+
+def words_can_hold(group: GroupSpec, block_size: int) -> bool:
+    """Whether the words layout, which every format but the model's own needs, can hold the group."""
+    return _may_have_format(group) and not _odd_sizes(group, block_size)
+
+
+def _as_computed(spec: KVSpec) -> LayerFormat:
+    if spec.dtype not in _NAME_TO_LAYER_FORMAT:
+        raise ConfigError(
+            f"dtype={spec.dtype!r} has no KV format; load the model in float32, bfloat16 or float16"
+        )
+    return _NAME_TO_LAYER_FORMAT[spec.dtype]
+
+
+def _may_have_format(group: GroupSpec) -> bool:
+    return group.kind is not LayerKind.RECURRENT and group.k_heads == group.v_heads
+
+
+def _odd_sizes(group: GroupSpec, block_size: int) -> list[str]:
+    sizes = {"block_size": block_size, "k_dim": group.k_dim, "v_dim": group.v_dim}
+    return [f"{field}={size}" for field, size in sizes.items() if size % _ELEMENTS_AT_ONCE]
+
+
+def _check_shape(name: str, group: GroupSpec, block_size: int) -> None:
+    odd = _odd_sizes(group, block_size)
+    if odd:
+        remedy = "kv_format='auto'"
+        if block_size % _ELEMENTS_AT_ONCE:
+            remedy = (
+                f"block_size={-(-block_size // _ELEMENTS_AT_ONCE) * _ELEMENTS_AT_ONCE} or {remedy}"
+            )
+        raise ConfigError(
+            f"kv_format={name!r} needs multiples of {_ELEMENTS_AT_ONCE}, and {', '.join(odd)} is none in the "
+            f"KV group {group.name}; use {remedy}"
+        )
+
+
+def _check_exact_layers(spec: KVSpec, exact_layers: Collection[int]) -> None:
+    layers = {
+        at for group in spec.groups if group.kind is not LayerKind.RECURRENT for at in group.layers
+    }
+    unknown = sorted(set(exact_layers) - layers)
+    if unknown:
+        raise ConfigError(
+            f"exact_layers={unknown} keep no K/V of their own; choose from {sorted(layers)}"
+        )
 
 
 def merge_spans(spans: Sequence[Span]) -> tuple[Span, ...]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvkeep.arena import ArenaGroups
+from kvkeep.arena import Arena, ArenaGroups
 from kvkeep.attention import (
     AttentionTerms,
     GatherAttention,
@@ -149,11 +149,13 @@ def with_past(
         if position < row.span.start or number in read_only:
             block = blocks[number]
             assert block is not None
-            arena, layout = arenas.arenas[0].block(block), arenas.arenas[0].layout
+            arena = arenas.arenas[0]
+            assert isinstance(arena, Arena)
+            block_E, layout = arena.block(block), arena.layout
             k_at = layout.k_offset(layer) + offset * spec.k_width
             v_at = layout.v_offset(layer) + offset * spec.v_width
-            arena[k_at : k_at + spec.k_width] = row.k_SKD[position].flatten()
-            arena[v_at : v_at + spec.v_width] = row.v_SKD[position].flatten()
+            block_E[k_at : k_at + spec.k_width] = row.k_SKD[position].flatten()
+            block_E[v_at : v_at + spec.v_width] = row.v_SKD[position].flatten()
     return replace(row, blocks=blocks, read_only=read_only)
 
 
@@ -208,6 +210,7 @@ def test_writing_touches_the_slots_of_the_step_and_no_others(
     torch.manual_seed(seed)
     step = random_step(random.Random(seed), *shape)
     spec, arena, size = step.spec, step.arenas.arenas[0], step.block_size
+    assert isinstance(arena, Arena)
     for row in step.rows:
         arena.fill([block for at in row.read_only if (block := row.blocks[at]) is not None], 7.0)
     before = torch.stack([arena.block(BlockId(at)) for at in range(arena.num_blocks)])

@@ -67,6 +67,27 @@ def test_the_summary_names_what_did_not_run(tmp_path: Path) -> None:
     assert "cold request of 1024 tokens" in text
 
 
+def test_a_summary_is_made_anew_without_running_anything(tmp_path: Path) -> None:
+    """What was measured before is read from its files; what never was says so."""
+    run_all.main(["--quick", "--only", "ledger", "--results", str(tmp_path)])
+
+    entries = run_all.main(["--only", "--results", str(tmp_path)])
+
+    assert [entry.name for entry in entries if entry.result is not None] == ["ledger"]
+    assert "cold request of 1024 tokens" in (tmp_path / "summary.md").read_text()
+
+
+def test_another_shape_is_measured_by_the_scripts_that_have_one(tmp_path: Path) -> None:
+    """The shape reaches the script, and scripts without a model are left out."""
+    options = ["--quick", "--shape", "thin", "--only", "warm_prefix", "--results", str(tmp_path)]
+    entries = {entry.name: entry for entry in run_all.main(options)}
+
+    assert entries.keys() == run_all.SHAPED
+    result = entries["warm_prefix"].result
+    assert result is not None
+    assert result.settings["shape"] == "thin"
+
+
 def test_sides_take_turns() -> None:
     """A pair is measured side by side, the second side first in every other round."""
     calls: list[tuple[str, int]] = []

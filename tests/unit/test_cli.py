@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from kvkeep.cli import demo_scenes, doctor_report
+from kvkeep.cli import demo_scenes
 from kvkeep.cli.chat import Conversation, stopped_by_interrupt
 from kvkeep.cli.console import exit_code_of
 from kvkeep.cli.demo_prompts import make_notes
@@ -28,11 +28,13 @@ from kvkeep.errors import (
     SamplingError,
     UnsupportedModelError,
 )
+from kvkeep.hf import format_probe, verdict
 from kvkeep.hf.load import BUNDLED
 from kvkeep.llm import LLM
+from kvkeep.native import Kernels, load_kernels
 from kvkeep.planning import Coverage
 from kvkeep.planning.coverage import Run
-from kvkeep.spec import RequestId
+from kvkeep.spec import LONG_FORMAT_NAMES, RequestId
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +96,8 @@ def test_help_shows_every_command_and_the_defaults_of_the_settings() -> None:
         (SamplingParams, "temperature"),
         (EngineSettings, "capacity"),
         (EngineSettings, "block_size"),
+        (EngineSettings, "kv_format"),
+        (EngineSettings, "kernels"),
     ):
         assert f"{default_of(settings, name)}]" in words
     assert BUNDLED_MODEL == BUNDLED
@@ -109,6 +113,8 @@ def test_help_shows_every_command_and_the_defaults_of_the_settings() -> None:
         (["--dtype", "float7"], "dtype='float7'"),
         (["--model", "no/such-model"], "model='no/such-model'"),
         (["--capacity", "much"], "capacity='much'"),
+        (["--kv-format", "int5"], "kv_format='int5' is unknown; did you mean int"),
+        (["--kernels", "fast"], "kernels='fast'"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_it(args: list[str], named: str) -> None:
@@ -230,7 +236,7 @@ def test_doctor_reports_a_refused_model_with_its_numbers(monkeypatch: pytest.Mon
     def refuse(*_: object) -> None:
         raise UnsupportedModelError("paged logits differ (native: error 0.5)")
 
-    monkeypatch.setattr(doctor_report, "choose_mode", refuse)
+    monkeypatch.setattr(verdict, "choose_mode", refuse)
 
     result = invoke("doctor", BUNDLED_MODEL, "--json")
 
@@ -254,6 +260,65 @@ def test_doctor_counts_what_fits() -> None:
         t for t in report["self_test"]["trials"] if t["mode"] == report["self_test"]["mode"]
     )
     assert trial["error"] <= report["self_test"]["tolerance"]
+
+
+def test_doctor_counts_in_the_format_asked_for() -> None:
+    """Sizes are those of the format with the layers that are kept exact; what it does is measured."""
+    report = json.loads(invoke("doctor", BUNDLED_MODEL, "--json", "--kv-format", "int4").stdout)
+
+    spec, probe = report["spec"], report["format_probe"]
+    (group,) = spec["groups"]
+    # K/V of 2 heads of 64: 2 bytes an element, or half a byte and a word for each head.
+    in_format, exact = 2 * 2 * (64 // 2 + 4), 2 * 2 * 64 * 2
+    num_exact = len(probe["exact_layers"])
+    assert num_exact in {1, 2}
+    assert spec["bytes_per_token"] == num_exact * exact + (4 - num_exact) * in_format
+    assert [at for at, one in enumerate(group["formats"]) if one["k"] == "bfloat16"] == (
+        probe["exact_layers"]
+    )
+    assert probe["kld"] <= probe["limit"] < probe["whole_kld"]
+
+
+def test_doctor_compares_all_formats() -> None:
+    """A row for each format: the model's own changes nothing, fewer bits hold more and change more."""
+    result = invoke("doctor", BUNDLED_MODEL, "--json", "--formats", "--capacity", "64MB")
+
+    rows = {row["format"]: row for row in json.loads(result.stdout)["formats"]}
+    assert set(rows) == set(LONG_FORMAT_NAMES) - {"auto"}
+    own, eight, four = rows["bfloat16"], rows["int8"], rows["k8v4"]
+    assert own["probe"]["kld"] == 0
+    assert own["ratio"] == 1
+    assert 0 < eight["probe"]["kld"] < four["probe"]["kld"] < 0.05
+    assert own["num_tokens"] < eight["num_tokens"] < four["num_tokens"]
+    assert own["bytes_per_token"] == pytest.approx(eight["ratio"] * eight["bytes_per_token"])
+    shown = invoke("doctor", BUNDLED_MODEL, "--formats", "--kernels", "torch").stdout
+    assert f"{eight['ratio']:.2f} ×" in shown
+
+
+def test_doctor_shows_a_line_for_each_shape_of_linear_layer() -> None:
+    """Where kernels are in use the table has their verdicts, and else none."""
+    if not isinstance(load_kernels(), Kernels):
+        pytest.skip("the compiled kernels are not installed")
+    with_kernels = invoke("doctor", BUNDLED_MODEL).stdout
+    without = invoke("doctor", BUNDLED_MODEL, "--kernels", "torch").stdout
+
+    assert "3072 × 256" in with_kernels
+    assert "attention by kernels" in with_kernels
+    assert "3072 × 256" not in without
+    assert "attention by torch" in without
+
+
+def test_doctor_refuses_a_format_with_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A format that changes too much: code 3, the numbers on stderr, and the report all the same."""
+    monkeypatch.setattr(format_probe, "_LIMIT", 1e-9)
+
+    result = invoke("doctor", BUNDLED_MODEL, "--json", "--kv-format", "k8v4")
+
+    assert result.exit_code == 3
+    assert "kv_format='k8v4' changes what this model (qwen3) says" in error_line(result)
+    report = json.loads(result.stdout)
+    assert report["served"] is False
+    assert report["spec"]["bytes_per_token"] == 4 * 2 * (64 + 4 + 32 + 4)
 
 
 def test_doctor_says_when_not_one_block_fits() -> None:

@@ -1,16 +1,30 @@
 """The device memory that attention reads, by BlockId."""
 
-from kvkeep.arena.arena import Arena, Slots
+from kvkeep.arena.arena import Arena
+from kvkeep.arena.base import GroupArena, Layout
 from kvkeep.arena.groups import ArenaGroups, fit_blocks
 from kvkeep.arena.layout import BlockLayout
+from kvkeep.arena.native_words import NativeWordRows, native_arena
+from kvkeep.arena.slots import Slots
 from kvkeep.arena.states import RecurrentState, StateArena
+from kvkeep.arena.word_layout import WordLayout
+from kvkeep.arena.words import TorchWordRows, WordArena, WordRows, WordRowsOf
 
 __all__ = [
     "Arena",
     "ArenaGroups",
     "BlockLayout",
+    "GroupArena",
+    "Layout",
+    "NativeWordRows",
     "RecurrentState",
     "Slots",
     "StateArena",
+    "TorchWordRows",
+    "WordArena",
+    "WordLayout",
+    "WordRows",
+    "WordRowsOf",
     "fit_blocks",
+    "native_arena",
 ]

@@ -1,4 +1,4 @@
-"""The device memory of one KV group, by BlockId.
+"""K/V as the model computes them, a row of all heads a token: see base.py for the contract.
 
 Legend: N blocks, T tokens, W elements of a token's keys or values in one layer, E elements of a block.
 """
@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from kvkeep.arena.layout import BlockLayout
+from kvkeep.arena.slots import Slots
 from kvkeep.spec import BlockId, GroupSpec
 
-__all__ = ["Arena", "Slots"]
+__all__ = ["Arena"]
 
 # One addition for all layers while its result is small; beyond, one for each layer.
 _MOST_ROWS_AT_ONCE = 2**18
 
 
 class Arena:
-    """Blocks of K/V in one allocation; `layer` below counts within the group."""
+    """Blocks in the layout "tokens-first/1", elements of the model's dtype."""
 
     def __init__(
         self,
@@ -40,15 +41,24 @@ class Arena:
         """Bytes allocated."""
         return self._storage.numel() * self._storage.element_size()
 
-    def write(self, layer: int, slots: "Slots", k_TW: Tensor, v_TW: Tensor) -> None:
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+        return self._storage.device
+
+    def is_exact(self, layer: int) -> bool:
+        """Always: rows are kept as they come."""
+        return True
+
+    def write(self, layer: int, slots: Slots, k_TW: Tensor, v_TW: Tensor) -> None:
         """Put one layer's keys and values of T tokens into their slots; [T, heads, dim] will do as well."""
         self._rows.write(layer, slots, k_TW, v_TW)
 
-    def read(self, layer: int, slots: "Slots") -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, slots: Slots) -> tuple[Tensor, Tensor]:
         """One layer's keys [T, k_width] and values [T, v_width] of T tokens, in the order of `slots`."""
         return self._rows.read(layer, slots)
 
-    def borrow(self, layer: int, slots: "Slots") -> tuple[Tensor, Tensor]:
+    def borrow(self, layer: int, slots: Slots) -> tuple[Tensor, Tensor]:
         """The same as `read` in memory that the next `borrow` overwrites.
 
         Fresh memory for every read would cost as much in page faults as the copy itself.
@@ -87,7 +97,7 @@ class _Rows:
         self._v_rows = _rows_of(storage, spec.v_width, unit)
         self._scratch = storage.new_empty(0, spec.k_width)
 
-    def write(self, layer: int, slots: "Slots", k_TW: Tensor, v_TW: Tensor) -> None:
+    def write(self, layer: int, slots: Slots, k_TW: Tensor, v_TW: Tensor) -> None:
         if self._is_even:
             both = torch.stack((k_TW, v_TW)).view(-1, self._k_rows.shape[1])
             self._k_rows.index_copy_(0, self._even_row_numbers(layer, slots), both)
@@ -96,7 +106,7 @@ class _Rows:
         self._k_rows.index_copy_(0, k_rows_T, k_TW.flatten(1))
         self._v_rows.index_copy_(0, v_rows_T, v_TW.flatten(1))
 
-    def read(self, layer: int, slots: "Slots") -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, slots: Slots) -> tuple[Tensor, Tensor]:
         if self._is_even:
             both = torch.index_select(self._k_rows, 0, self._even_row_numbers(layer, slots))
             k_TW, v_TW = both.view(2, -1, both.shape[1]).unbind()
@@ -107,7 +117,7 @@ class _Rows:
             torch.index_select(self._v_rows, 0, v_rows_T),
         )
 
-    def borrow(self, layer: int, slots: "Slots") -> tuple[Tensor, Tensor]:
+    def borrow(self, layer: int, slots: Slots) -> tuple[Tensor, Tensor]:
         if not self._is_even:
             return self.read(layer, slots)
         rows_2T = self._even_row_numbers(layer, slots)
@@ -118,7 +128,7 @@ class _Rows:
         k_TW, v_TW = both.view(2, -1, both.shape[1]).unbind()
         return k_TW, v_TW
 
-    def _even_row_numbers(self, layer: int, slots: "Slots") -> Tensor:
+    def _even_row_numbers(self, layer: int, slots: Slots) -> Tensor:
         """Of the keys of all tokens, then of their values."""
         base_T = slots.bases(self._rows_per_block, self._k_stride)
         if self._firsts_L21.shape[0] * base_T.numel() > _MOST_ROWS_AT_ONCE:
@@ -127,7 +137,7 @@ class _Rows:
             slots.layer_rows = (self._firsts_L21 + base_T).flatten(1).unbind()
         return slots.layer_rows[layer]
 
-    def _row_numbers(self, layer: int, slots: "Slots") -> tuple[Tensor, Tensor]:
+    def _row_numbers(self, layer: int, slots: Slots) -> tuple[Tensor, Tensor]:
         k_first, v_first = self._firsts_L21[layer]
         return (
             k_first + slots.bases(self._rows_per_block, self._k_stride),
@@ -138,24 +148,3 @@ class _Rows:
 def _rows_of(storage: Tensor, width: int, unit: int) -> Tensor:
     num_rows = (storage.numel() - width) // unit + 1
     return storage.as_strided((num_rows, width), (unit, 1))
-
-
-class Slots:
-    """The places of T tokens in one group, for every layer of it."""
-
-    __slots__ = ("_bases", "blocks_T", "layer_rows", "offsets_T")
-
-    def __init__(self, blocks_T: Tensor, offsets_T: Tensor) -> None:
-        self.blocks_T = blocks_T
-        self.offsets_T = offsets_T
-        # Row numbers of each layer, where all layers' together are small: see _Rows.
-        self.layer_rows: tuple[Tensor, ...] = ()
-        self._bases: dict[int, Tensor] = {}
-
-    def bases(self, rows_per_block: int, rows_per_token: int) -> Tensor:
-        """Row numbers of the tokens in a layer that starts at row 0 of its block; computed once."""
-        base = self._bases.get(rows_per_token)
-        if base is None:
-            base = self.blocks_T * rows_per_block + self.offsets_T * rows_per_token
-            self._bases[rows_per_token] = base
-        return base

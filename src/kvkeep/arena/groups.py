@@ -1,14 +1,17 @@
 """The arenas of all KV groups of a model, sized from one number of bytes."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from kvkeep.arena.arena import Arena
+from kvkeep.arena.base import GroupArena
 from kvkeep.arena.states import StateArena
+from kvkeep.arena.words import WordArena, WordRowsOf
 from kvkeep.config.sizes import format_bytes
-from kvkeep.errors import CapacityError
-from kvkeep.spec import BlockId, GroupSpec, KVSpec, LayerKind
+from kvkeep.errors import CapacityError, ConfigError
+from kvkeep.spec import BlockId, GroupSpec, KVSpec, LayerKind, words_can_hold
 
 __all__ = ["ArenaGroups", "fit_blocks"]
 
@@ -64,6 +67,10 @@ class ArenaGroups:
 
     With `poison` every block that is freed or handed out is filled with NaN, so that reading what nobody
     wrote shows up in the output: for tests.
+
+    `layout` "rows" keeps K/V as the model computes them; "words" is what native kernels read, and what
+    every other format needs. `rows_of` makes what moves rows into words, plain torch by default. A group
+    that words cannot hold has no formats and is kept in rows. Raises ConfigError for formats in rows.
     """
 
     def __init__(
@@ -74,16 +81,27 @@ class ArenaGroups:
         dtype: torch.dtype,
         device: torch.device,
         poison: bool = False,
+        layout: Literal["rows", "words"] = "rows",
+        rows_of: WordRowsOf | None = None,
     ) -> None:
         self._poison = poison
-        self.arenas: dict[int, Arena] = {}
+        self.arenas: dict[int, GroupArena] = {}
         self.states: dict[int, StateArena] = {}
         for at, (group, num_blocks) in enumerate(zip(spec.groups, group_num_blocks, strict=True)):
             if group.kind is LayerKind.RECURRENT:
                 self.states[at] = StateArena(num_blocks)
-            else:
+            elif layout == "words" and words_can_hold(group, spec.block_size):
+                self.arenas[at] = WordArena(
+                    group, spec.block_size, num_blocks, dtype=dtype, device=device, rows_of=rows_of
+                )
+            elif not group.formats:
                 self.arenas[at] = Arena(
                     group, spec.block_size, num_blocks, dtype=dtype, device=device
+                )
+            else:
+                raise ConfigError(
+                    f"layout={layout!r} cannot hold the formats of the KV group {group.name}; "
+                    "use layout='words', or kv_format='auto'"
                 )
 
     def copy_block(self, group: int, source: BlockId, target: BlockId) -> None:

@@ -4,12 +4,13 @@ Legend of shapes, here and in the implementations: T packed tokens of a step, H 
 heads, D head size, B items of a batch, Q queries of an item, S positions an item reads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from kvkeep.attention.inputs import GroupInputs
+from kvkeep.attention.inputs import GroupInputs, Item
 
 __all__ = ["AttentionBackend", "AttentionTerms"]
 
@@ -31,6 +32,12 @@ class AttentionTerms:
         """Whether torch's fused attention can compute it."""
         return self.softcap is None and self.sinks_H is None
 
+    def is_same(self, other: "AttentionTerms") -> bool:
+        """Whether both are the same numbers, learned ones by identity."""
+        return (self.scaling, self.softcap) == (other.scaling, other.softcap) and (
+            self.sinks_H is other.sinks_H
+        )
+
 
 class AttentionBackend(Protocol):
     """One instance serves all layers of a model; `group` and `layer` number as in the spec.
@@ -38,6 +45,9 @@ class AttentionBackend(Protocol):
     The caller guarantees that every layer of a step is written before it is attended to, and that all
     positions before an item's own are in the arena or written in the same step.
     """
+
+    def inputs(self, group: int, items: Sequence[Item]) -> GroupInputs:
+        """Where a step's items, packed in the order of their rows, are written and what they read."""
 
     def write(
         self, inputs: GroupInputs, group: int, layer: int, k_1KTD: Tensor, v_1KTD: Tensor

@@ -4,13 +4,15 @@ Legend: T packed tokens, H query heads, K key/value heads, G = H / K, D head siz
 item, S positions it reads, W = K * D.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvkeep.arena import ArenaGroups
 from kvkeep.attention.base import AttentionTerms
-from kvkeep.attention.inputs import GroupInputs, ReadBatch
+from kvkeep.attention.inputs import GroupInputs, Item, ReadBatch, build_group_inputs
 from kvkeep.attention.reference import reference_attention
 from kvkeep.spec import GroupSpec
 
@@ -22,6 +24,12 @@ class GatherAttention:
 
     def __init__(self, arenas: ArenaGroups) -> None:
         self._arenas = arenas.arenas
+
+    def inputs(self, group: int, items: Sequence[Item]) -> GroupInputs:
+        """Where a step's items are written and what they read in a group."""
+        arena = self._arenas[group]
+        layout = arena.layout
+        return build_group_inputs(layout.spec, layout.block_size, items, arena.device)
 
     def write(
         self, inputs: GroupInputs, group: int, layer: int, k_1KTD: Tensor, v_1KTD: Tensor
@@ -52,17 +60,32 @@ class GatherAttention:
         terms: AttentionTerms,
     ) -> Tensor:
         """Attention of the step's T queries over the arena, shape [1, T, H, D]."""
-        outputs = []
+        outputs = self.attend_batches(inputs, group, layer, q_1HTD, new_kv, terms)
+        return _scatter(inputs, q_1HTD.shape[2], outputs)
+
+    def attend_batches(
+        self,
+        inputs: GroupInputs,
+        group: int,
+        layer: int,
+        q_1HTD: Tensor,
+        new_kv: tuple[Tensor, Tensor],
+        terms: AttentionTerms,
+    ) -> list[Tensor]:
+        """The same for each batch of the inputs, [B*Q, H, D]."""
+        arena, outputs = self._arenas[group], []
+        borrowed: tuple[Tensor, Tensor] | None = None
         for batch in inputs.batches:
-            if batch.is_whole and batch.num_items == 1:
+            if batch.is_whole and batch.num_items == 1 and arena.is_exact(layer):
                 # The tokens just written are all there is to read: no need to fetch them back.
                 k, v = new_kv[0][:, :, batch.rows], new_kv[1][:, :, batch.rows]
             else:
-                arena = self._arenas[group]
-                kv = arena.borrow(layer, batch.slots)
-                k, v = _by_head(arena.layout.spec, batch, kv)
+                if borrowed is None or not batch.is_beginning:
+                    borrowed = arena.borrow(layer, batch.slots)
+                k_SW, v_SW = (part[: batch.num_items * batch.num_positions] for part in borrowed)
+                k, v = _by_head(arena.layout.spec, batch, (k_SW, v_SW))
             outputs.append(_attend_batch(batch, _rows(batch, q_1HTD), k, v, terms))
-        return _scatter(inputs, q_1HTD.shape[2], outputs)
+        return outputs
 
     def attend_gathered(
         self, inputs: GroupInputs, q_1HTD: Tensor, kv: tuple[Tensor, Tensor], terms: AttentionTerms

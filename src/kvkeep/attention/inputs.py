@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kvkeep.arena import Slots
+from kvkeep.native import ItemsRef, SlotsRef
 from kvkeep.spec import BlockId, GroupSpec, LayerKind, Span
 
-__all__ = ["GroupInputs", "Item", "ReadBatch", "build_group_inputs"]
+__all__ = ["GroupInputs", "Item", "PagedInputs", "ReadBatch", "build_group_inputs"]
 
 # Single-token items are read together while padding stays under a third of the longest.
 _MIN_LENGTH_RATIO = 0.75
@@ -39,7 +40,8 @@ class ReadBatch:
 
     `rows` are the packed rows of the B*Q queries. `mask_BQS` is True where a query reads, None where every
     query reads all (or, with `is_causal`, all up to itself). With `is_whole` the items read nothing but
-    the step's own tokens in `rows`; with `is_all` these are all rows of the step.
+    the step's own tokens in `rows`; with `is_all` these are all rows of the step. With `is_beginning` the
+    item reads the first S positions of what the batch before it read.
     """
 
     rows: slice | Tensor
@@ -50,6 +52,7 @@ class ReadBatch:
     is_causal: bool
     is_whole: bool
     is_all: bool = False
+    is_beginning: bool = False
 
     @property
     def num_positions(self) -> int:
@@ -58,25 +61,48 @@ class ReadBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class PagedInputs:
+    """What the kernels take: slots that are written, and the items that read blocks in place, if any."""
+
+    slots: SlotsRef
+    items: ItemsRef | None
+
+
+@dataclass(frozen=True, slots=True)
 class GroupInputs:
-    """One KV group's part of a step. `written_rows` is None when all T tokens are written."""
+    """One KV group's part of a step. `written_rows` is None when all T tokens are written.
+
+    Items are in a batch that torch computes, or in `paged`, which is None where there are no kernels.
+    """
 
     write_slots: Slots
     written_rows: Tensor | None
     batches: tuple[ReadBatch, ...]
+    paged: PagedInputs | None = None
 
 
 def build_group_inputs(
-    spec: GroupSpec, block_size: int, items: Sequence[Item], device: torch.device
+    spec: GroupSpec,
+    block_size: int,
+    items: Sequence[Item],
+    device: torch.device,
+    *,
+    gathered: Sequence[Item] | None = None,
 ) -> GroupInputs:
-    """Tensors of one group for a step's items, which lie in `rows` one after the other."""
+    """Tensors of one group for a step's items, which lie in `rows` one after the other.
+
+    All items are written; those of `gathered` (by default all) are read in batches.
+    """
     write_slots, written_rows = _write_slots(items, block_size, device)
-    single = [item for item in items if len(item.span) == 1]
+    gathered = items if gathered is None else gathered
+    single = [item for item in gathered if len(item.span) == 1]
     batches = [
         _read_singles(spec, block_size, part, device) for part in _similar_lengths(spec, single)
     ]
-    batches += [_read_span(spec, block_size, item, device) for item in items if len(item.span) > 1]
-    if len(batches) == 1:
+    batches += _read_spans(
+        spec, block_size, [item for item in gathered if len(item.span) > 1], device
+    )
+    if len(batches) == 1 and len(gathered) == len(items):
         batches = [replace(batches[0], is_all=True)]
     return GroupInputs(write_slots, written_rows, tuple(batches))
 
@@ -140,6 +166,20 @@ def _read_singles(
     return ReadBatch(
         rows, len(items), 1, _to_device(slots, device), mask, is_causal=False, is_whole=longest == 1
     )
+
+
+def _read_spans(
+    spec: GroupSpec, block_size: int, items: Sequence[Item], device: torch.device
+) -> list[ReadBatch]:
+    """A batch for each item. Of one request's, the last comes first: the others read parts of the same."""
+    batches: list[ReadBatch] = []
+    blocks_before: Sequence[BlockId | None] | None = None
+    for item in sorted(items, key=lambda item: (id(item.blocks), -item.span.stop)):
+        is_beginning = spec.kind is LayerKind.FULL and item.blocks is blocks_before
+        batch = _read_span(spec, block_size, item, device)
+        batches.append(replace(batch, is_beginning=is_beginning))
+        blocks_before = item.blocks
+    return batches
 
 
 def _read_span(spec: GroupSpec, block_size: int, item: Item, device: torch.device) -> ReadBatch:

@@ -11,7 +11,12 @@ import click
 
 from kvkeep.cli.console import Command, format_seconds, show_error, stderr
 from kvkeep.cli.loading import open_llm, sampling_params
-from kvkeep.cli.options import capacity_options, model_options, sampling_options
+from kvkeep.cli.options import (
+    capacity_options,
+    format_options,
+    model_options,
+    sampling_options,
+)
 from kvkeep.config import SamplingParams
 from kvkeep.config.sizes import format_bytes
 from kvkeep.errors import CapacityError, RequestError
@@ -30,6 +35,7 @@ _COMMANDS = "/stats what the cache holds, /clear begin anew, /quit leave"
 @click.option("--system", default="", help="The system prompt.")
 @sampling_options(max_tokens=512, temperature=0.0)
 @capacity_options
+@format_options
 def chat(system: str, **options: Any) -> None:
     """Talk to a model; every turn computes only what is new.
 

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,14 +123,17 @@ def emit_json(value: object) -> None:
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
-    """A spinner with `what` beside it while the block runs, where a person watches stderr."""
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with `what` beside it while the block runs, where a person watches stderr.
+
+    What it gives says something else from then on.
+    """
     console = stderr()
     if not console.is_terminal:
-        yield
+        yield lambda _: None
         return
-    with console.status(f"[dim]{what}[/dim]"):
-        yield
+    with console.status(f"[dim]{what}[/dim]") as status:
+        yield lambda text: status.update(f"[dim]{text}[/dim]")
 
 
 def format_seconds(seconds: float) -> str:

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,8 +17,21 @@ from kvkeep.cli.console import (
     stdout,
     working,
 )
-from kvkeep.cli.options import capacity_options, device_option, dtype_option, json_option
-from kvkeep.config import EngineSettings
+from kvkeep.cli.doctor_tables import (
+    linear_table,
+    new_table,
+    probe_line,
+    show_formats,
+    show_table,
+)
+from kvkeep.cli.loading import engine_settings
+from kvkeep.cli.options import (
+    capacity_options,
+    device_option,
+    dtype_option,
+    format_options,
+    json_option,
+)
 from kvkeep.config.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -40,29 +52,45 @@ _LENGTHS = (4096, 32_768)
 @dtype_option
 @device_option
 @capacity_options
+@format_options
+@click.option(
+    "--formats",
+    "with_formats",
+    is_flag=True,
+    help="Measure every KV format on the model: bytes, and what it does to the outputs.",
+)
 @json_option
 @click.pass_context
 def doctor(
     ctx: click.Context,
+    /,
     *,
     model: str,
     dtype: str | None,
     device: str | None,
-    capacity: str,
-    block_size: int,
+    with_formats: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Say whether MODEL can be served here, in which mode, and how much fits.
 
     Loads the model, compares what it computes over the cache with what it computes on its own, and counts
     bytes. MODEL is a path, a hub id, or "tiny" for the bundled one. The exit code is 3 when no mode is
-    right.
+    right, or when the format asked for changes outputs too much.
     """
-    settings = EngineSettings(capacity=capacity, block_size=block_size)
-    with working(f"examining {model}"):
+    settings = engine_settings(options)
+    with working(f"loading torch and {model}") as say:
         from kvkeep.cli.doctor_report import examine  # slow: loads torch
 
-        report = examine(model, settings, dtype=dtype, device=device, lengths=_LENGTHS)
+        report = examine(
+            model,
+            settings,
+            dtype=dtype,
+            device=device,
+            lengths=_LENGTHS,
+            with_formats=with_formats,
+            say=say,
+        )
     if as_json:
         emit_json(_as_json(report))
     else:
@@ -89,22 +117,29 @@ def _show(console: Console, report: "Report") -> None:
     _show_facts(console, _environment_facts(report.environment))
     _show_facts(console, _model_facts(report))
     if report.spec is not None:
-        _show_table(console, "KV groups", _group_table(report.spec))
+        show_table(console, "KV groups", _group_table(report.spec))
     if report.self_test is not None:
         num_tokens = report.self_test.num_tokens
         title = f"Self-test: {num_tokens} tokens; errors are relative to the largest logit"
-        _show_table(console, title, _trial_table(report.self_test))
+        show_table(console, title, _trial_table(report.self_test))
+    if report.linears:
+        title = "Linear layers: rows up to which the kernel computes them, else torch"
+        show_table(console, title, linear_table(report.linears))
     if report.fits:
-        _show_table(console, "What fits", _fit_table(report.fits))
+        show_table(console, "What fits", _fit_table(report.fits))
+    if report.formats:
+        show_formats(console, report.formats)
 
 
 def _environment_facts(environment: "Environment") -> dict[str, str]:
     flags = ", ".join(environment.cpu_flags) or "unknown"
+    absent = f"none ({environment.kernels_absent}); decoding reads pages through torch, more slowly"
     return {
         "kvkeep": environment.kvkeep,
         "Python": environment.python,
         "torch": f"{environment.torch}, {environment.num_threads} threads",
         "CPU": f"{environment.num_cpus} cores; {flags}; torch uses {environment.torch_cpu_capability}",
+        "kernels": environment.kernels or absent,
         "device": f"{environment.device} ({environment.device_name})",
         "free memory": format_bytes(environment.free_bytes),
     }
@@ -123,9 +158,13 @@ def _model_facts(report: "Report") -> dict[str, str]:
             state_bytes = sum(group.state_bytes for group in spec.groups)
             facts["state"] = f"{format_bytes(state_bytes)} for each request and saved block"
         facts["KV per block"] = f"{format_bytes(spec.block_bytes())} ({spec.block_size} tokens)"
+        facts["KV format"] = spec.kv_format
+    if report.format_probe is not None:
+        facts["KV quality"] = probe_line(report.format_probe)
     chosen = "none: the model is refused"
     if report.self_test is not None:
-        chosen = report.self_test.mode.value
+        has_kernels = report.self_test.with_kernels
+        chosen = f"{report.self_test.mode}, attention by {'kernels' if has_kernels else 'torch'}"
     return facts | {"mode": chosen}
 
 
@@ -137,21 +176,9 @@ def _show_facts(console: Console, facts: dict[str, str]) -> None:
     console.print()
 
 
-def _show_table(console: Console, title: str, table: Table) -> None:
-    console.print(Text(title, style="bold"))
-    console.print(table)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for at, column in enumerate(columns):
-        table.add_column(column, justify="right" if at else "left")
-    return table
-
-
 def _group_table(spec: "KVSpec") -> Table:
     columns = ("group", "layers", "window", "key heads", "value heads", "per token", "per block")
-    table = _table(*columns)
+    table = new_table(*columns)
     for group in spec.groups:
         table.add_row(
             group.name,
@@ -166,12 +193,12 @@ def _group_table(spec: "KVSpec") -> Table:
 
 
 def _trial_table(self_test: "SelfTest") -> Table:
-    table = _table("mode", "error", "tolerance", "verdict")
+    table = new_table("mode", "error", "tolerance", "verdict")
     for trial in self_test.trials:
-        is_chosen = trial.mode is self_test.mode
+        is_chosen = (trial.mode, trial.with_kernels) == (self_test.mode, self_test.with_kernels)
         error = trial.failure if trial.error is None else f"{trial.error:.2g}"
         table.add_row(
-            trial.mode.value,
+            trial.name,
             error,
             f"{self_test.tolerance:.2g}",
             "[green]chosen[/green]" if is_chosen else "[red]not right[/red]",
@@ -181,7 +208,7 @@ def _trial_table(self_test: "SelfTest") -> Table:
 
 def _fit_table(fits: "Sequence[Fit]") -> Table:
     lengths = [f"requests of {length:,}" for length in fits[0].requests_of]
-    table = _table("cache", "bytes", "tokens", *lengths)
+    table = new_table("cache", "bytes", "tokens", *lengths)
     for name, fit in zip(("the capacity", "free memory"), fits, strict=True):
         table.add_row(
             name,

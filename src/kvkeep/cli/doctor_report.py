@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,14 +10,20 @@ import torch
 
 from kvkeep import __version__
 from kvkeep.arena import fit_blocks
+from kvkeep.cli.doctor_formats import FormatRow, compare_formats
 from kvkeep.config import EngineSettings, parse_bytes
 from kvkeep.errors import CapacityError, UnsupportedModelError
 from kvkeep.hf.fingerprint import longest_context
+from kvkeep.hf.format_probe import FormatProbe
 from kvkeep.hf.geometry import measure_geometry
 from kvkeep.hf.install import free_memory_bytes
+from kvkeep.hf.linear import LinearChoice
 from kvkeep.hf.load import LoadedModel, load_model
-from kvkeep.hf.selftest import SelfTest, choose_mode
-from kvkeep.spec import GroupSpec, KVSpec, LayerKind
+from kvkeep.hf.selftest import SelfTest
+from kvkeep.hf.trial_logits import Served
+from kvkeep.hf.verdict import judge
+from kvkeep.native import Kernels, KernelsAbsent, load_kernels
+from kvkeep.spec import GroupSpec, KVSpec, LayerKind, with_format
 
 __all__ = ["Environment", "Fit", "Report", "examine", "measure_environment"]
 
@@ -30,7 +36,10 @@ _INTERESTING_FLAGS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Environment:
-    """The machine as torch sees it; `free_bytes` is memory free for the cache on the device."""
+    """The machine as torch sees it; `free_bytes` is memory free for the cache on the device.
+
+    `kernels` is the instruction set of the CPU kernels, None where `kernels_absent` says why there are none.
+    """
 
     kvkeep: str
     python: str
@@ -42,6 +51,8 @@ class Environment:
     torch_cpu_capability: str
     cpu_flags: tuple[str, ...]
     free_bytes: int
+    kernels: str | None
+    kernels_absent: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +70,11 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """The verdict on one model: `self_test` where a mode serves it, else `refusal` with the numbers."""
+    """The verdict on one model: `self_test` where a mode serves it, else `refusal` with the numbers.
+
+    `spec` has the format asked for. `formats` is empty unless it was asked for; `linears` where there are no
+    kernels.
+    """
 
     environment: Environment
     model: str
@@ -69,6 +84,9 @@ class Report:
     max_context: int
     spec: KVSpec | None = None
     self_test: SelfTest | None = None
+    format_probe: FormatProbe | None = None
+    linears: tuple[LinearChoice, ...] = ()
+    formats: tuple[FormatRow, ...] = ()
     refusal: str | None = None
     fits: tuple[Fit, ...] = ()
     no_fit: str | None = None
@@ -81,11 +99,14 @@ def examine(
     dtype: str | None,
     device: str | None,
     lengths: Sequence[int],
+    with_formats: bool,
+    say: Callable[[str], None],
 ) -> Report:
     """Load `model`, try the modes on its weights, and count what fits; takes no memory for a cache.
 
-    Counts requests of those `lengths` that the model's context has, else of its whole context.
-    Raises ConfigError when the model cannot be loaded.
+    Counts requests of those `lengths` that the model's context has, else of its whole context. With
+    `with_formats` every KV format is measured too; `say` is told what is being done. Raises ConfigError when
+    the model cannot be loaded, or its K/V cannot have the format asked for.
     """
     loaded = load_model(model, dtype=dtype, device=device)
     parameter = next(loaded.model.parameters())
@@ -100,12 +121,17 @@ def examine(
         max_context=max_context,
     )
     possible = [length for length in lengths if length <= max_context] or [max_context]
-    return _with_verdict(report, loaded, settings, possible)
+    say(f"trying {model}")
+    report = _with_verdict(report, loaded, settings, possible)
+    if not with_formats or report.self_test is None:
+        return report
+    return _with_formats(report, loaded, settings, say)
 
 
 def measure_environment(device: torch.device) -> Environment:
     """What torch runs on, and how much memory is free there."""
     is_cuda = device.type == "cuda"
+    kernels = load_kernels()
     return Environment(
         kvkeep=__version__,
         python=platform.python_version(),
@@ -117,6 +143,8 @@ def measure_environment(device: torch.device) -> Environment:
         torch_cpu_capability=torch.backends.cpu.get_cpu_capability(),
         cpu_flags=_cpu_flags(),
         free_bytes=free_memory_bytes(device),
+        kernels=kernels.isa.name.lower() if isinstance(kernels, Kernels) else None,
+        kernels_absent=kernels.reason if isinstance(kernels, KernelsAbsent) else None,
     )
 
 
@@ -137,19 +165,56 @@ def _with_verdict(
     report: Report, loaded: LoadedModel, settings: EngineSettings, lengths: Sequence[int]
 ) -> Report:
     try:
-        geometry = measure_geometry(loaded.model, settings.block_size)
-        report = replace(report, spec=geometry.spec)
-        self_test = choose_mode(loaded.model, geometry, settings.mode)
+        report = replace(report, spec=_asked_spec(loaded, settings))
+        verdict = judge(loaded.model, settings)
     except UnsupportedModelError as error:
         return replace(report, refusal=str(error))
-    report = replace(report, self_test=self_test)
+    spec = verdict.geometry.spec
+    report = replace(
+        report,
+        spec=spec,
+        self_test=verdict.self_test,
+        format_probe=verdict.format_probe,
+        linears=verdict.linears,
+    )
     free_bytes = report.environment.free_bytes
     capacities = [parse_bytes(settings.capacity, total_bytes=free_bytes), free_bytes]
     try:
-        fits = [_fit(geometry.spec, settings, capacity, lengths) for capacity in capacities]
+        fits = [_fit(spec, settings, capacity, lengths) for capacity in capacities]
     except CapacityError as error:
         return replace(report, no_fit=str(error))
     return replace(report, fits=tuple(fits))
+
+
+def _asked_spec(loaded: LoadedModel, settings: EngineSettings) -> KVSpec:
+    """What a model that is refused would have stored."""
+    spec = measure_geometry(loaded.model, settings.block_size).spec
+    layers = settings.kv_exact_layers
+    return with_format(
+        spec, settings.kv_format, exact_layers=() if isinstance(layers, str) else layers
+    )
+
+
+def _with_formats(
+    report: Report, loaded: LoadedModel, settings: EngineSettings, say: Callable[[str], None]
+) -> Report:
+    assert report.self_test is not None
+    kernels = load_kernels() if report.self_test.with_kernels else None
+    served = Served(
+        loaded.model,
+        measure_geometry(loaded.model, settings.block_size),
+        report.self_test.mode,
+        kernels if isinstance(kernels, Kernels) else None,
+    )
+    capacity = parse_bytes(settings.capacity, total_bytes=report.environment.free_bytes)
+
+    def count_tokens(spec: KVSpec) -> int | None:
+        try:
+            return _fit(spec, settings, capacity, ()).num_tokens
+        except CapacityError:
+            return 0
+
+    return replace(report, formats=compare_formats(served, count_tokens, say))
 
 
 def _fit(spec: KVSpec, settings: EngineSettings, capacity: int, lengths: Sequence[int]) -> Fit:

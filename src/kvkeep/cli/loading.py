@@ -10,12 +10,18 @@ from kvkeep.config import EngineSettings, SamplingParams
 if TYPE_CHECKING:
     from kvkeep.llm import LLM
 
-__all__ = ["open_llm", "sampling_params"]
+__all__ = ["engine_settings", "open_llm", "sampling_params"]
+
+
+def engine_settings(options: Mapping[str, Any]) -> EngineSettings:
+    """What `capacity_options` and `format_options` ask for."""
+    names = ("capacity", "block_size", "kv_format", "kernels")
+    return EngineSettings(**{name: options[name] for name in names})
 
 
 def open_llm(options: Mapping[str, Any]) -> "LLM":
-    """The model that `model_options` and `capacity_options` ask for; loads torch, which is slow."""
-    settings = EngineSettings(capacity=options["capacity"], block_size=options["block_size"])
+    """The model that `model_options` and those of its settings ask for; loads torch, which is slow."""
+    settings = engine_settings(options)
     with working(f"loading torch and {options['model']}"):
         # Not before they are needed: --help and usage errors stay quick.
         import torch

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from kvkeep.config import EngineSettings, SamplingParams
+from kvkeep.spec import LONG_FORMAT_NAMES
 
 __all__ = [
     "BUNDLED_MODEL",
@@ -14,6 +15,7 @@ __all__ = [
     "default_of",
     "device_option",
     "dtype_option",
+    "format_options",
     "json_option",
     "model_option",
     "model_options",
@@ -60,6 +62,25 @@ def capacity_options(function: _Command) -> _Command:
             default=default_of(EngineSettings, "block_size"),
             show_default=True,
             help="Tokens in a block.",
+        ),
+    )(function)
+
+
+def format_options(function: _Command) -> _Command:
+    """--kv-format and --kernels of the cache."""
+    return _together(
+        click.option(
+            "--kv-format",
+            default=default_of(EngineSettings, "kv_format"),
+            show_default=True,
+            help=f"How K/V are stored: {', '.join(LONG_FORMAT_NAMES)}. The last four take fewer bytes and "
+            "change outputs a little.",
+        ),
+        click.option(
+            "--kernels",
+            default=default_of(EngineSettings, "kernels"),
+            show_default=True,
+            help='"auto" uses the compiled CPU kernels where they are installed, "torch" never.',
         ),
     )(function)
 

@@ -12,6 +12,7 @@ from kvkeep.cli.loading import open_llm, sampling_params
 from kvkeep.cli.options import (
     capacity_options,
     default_of,
+    format_options,
     json_option,
     model_options,
     sampling_options,
@@ -29,6 +30,7 @@ __all__ = ["describe_receipt", "run"]
     temperature=default_of(SamplingParams, "temperature"),
 )
 @capacity_options
+@format_options
 @json_option
 def run(prompt: str, *, as_json: bool, **options: Any) -> None:
     """Complete PROMPT and print the text as it comes.

@@ -6,9 +6,11 @@ from difflib import get_close_matches
 from typing import Any, Self
 
 from kvkeep.errors import ConfigError
+from kvkeep.spec import check_format_name
 
 __all__ = ["EngineSettings"]
 
+_KERNELS = ("auto", "torch")
 _MODES = ("auto", "native", "gather", "hybrid", "dense")
 
 
@@ -19,7 +21,12 @@ class EngineSettings:
     `capacity` is bytes, "2GB" or a share of free memory ("20%"). `max_batch_tokens` bounds the tokens
     of a step and `max_requests` the requests that run at once. `max_context` (tokens of prompt and
     output) defaults to the model's own. `mode` "auto" takes the first that passes the self-test;
-    `poison` fills freed blocks with NaN, for tests.
+    `kv_format` is how K/V are stored, one of kvkeep.spec.FORMAT_NAMES: "auto" as the model computes them,
+    "int4" in about a quarter of the bytes of bfloat16. `kv_exact_layers` are layers that stay as the model
+    computes them: "auto" measures what a quantised format does to this model and keeps those that it must,
+    or refuses the format; numbers of layers, or none, are taken as they are. `kernels` "auto" uses the
+    compiled CPU kernels where they are installed and pass the self-test, "torch" never; `poison` fills freed
+    blocks with NaN, for tests.
     """
 
     block_size: int = 32
@@ -29,6 +36,9 @@ class EngineSettings:
     max_context: int | None = None
     policy: str = "lru"
     mode: str = "auto"
+    kv_format: str = "auto"
+    kv_exact_layers: tuple[int, ...] | str = "auto"
+    kernels: str = "auto"
     self_test: bool = True
     poison: bool = False
 
@@ -52,5 +62,19 @@ class EngineSettings:
                 raise ConfigError(f"{field}={value!r} is not a positive integer; give at least 1")
         if self.policy not in ("lru", "slru"):
             raise ConfigError(f"policy={self.policy!r} is unknown; choose lru or slru")
+        check_format_name(self.kv_format)
+        if self.kv_exact_layers != "auto" and not _are_layers(self.kv_exact_layers):
+            raise ConfigError(
+                f"kv_exact_layers={self.kv_exact_layers!r} is no tuple of layer numbers; give () for none, "
+                "or 'auto'"
+            )
+        if self.kernels not in _KERNELS:
+            raise ConfigError(f"kernels={self.kernels!r} is unknown; choose auto or torch")
         if self.mode not in _MODES:
             raise ConfigError(f"mode={self.mode!r} is unknown; choose one of {', '.join(_MODES)}")
+
+
+def _are_layers(value: object) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in value
+    )

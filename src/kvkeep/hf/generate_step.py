@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvkeep.arena import Arena, Slots
+from kvkeep.arena import GroupArena, Slots
 from kvkeep.hf.generate_rows import Row, Started
 from kvkeep.hf.geometry import LayerPlace
 from kvkeep.spec import BlockId
@@ -48,7 +48,7 @@ class _GroupSlots:
     """One group's part: what is read is [B, S], what is written are some of [B, T], all when None."""
 
     def __init__(
-        self, arena: Arena, reads: Slots | None, writes: Slots, rows: Tensor | None
+        self, arena: GroupArena, reads: Slots | None, writes: Slots, rows: Tensor | None
     ) -> None:
         self.arena = arena
         self.reads = reads
@@ -63,7 +63,7 @@ class DenseStep:
     """
 
     def __init__(
-        self, arenas: dict[int, Arena], columns: Columns, rows: Sequence[Row], started: Started
+        self, arenas: dict[int, GroupArena], columns: Columns, rows: Sequence[Row], started: Started
     ) -> None:
         self._rows = rows
         self._columns = columns
@@ -95,7 +95,7 @@ class DenseStep:
             _by_head(v_SW, num_rows, spec.v_heads, spec.v_dim),
         )
 
-    def _slots(self, group: int, arena: Arena) -> _GroupSlots:
+    def _slots(self, group: int, arena: GroupArena) -> _GroupSlots:
         started = self._started
         start, stop, num_rows = started.start, started.stop, len(started.leaders)
         blocks_RS, offsets_RS = self._places(group, arena, stop)
@@ -116,7 +116,7 @@ class DenseStep:
             reads = Slots(blocks_RS.reshape(-1), offsets_RS.reshape(-1))
         return _GroupSlots(arena, reads, Slots(new_blocks_T, new_offsets_T), written)
 
-    def _places(self, group: int, arena: Arena, stop: int) -> tuple[Tensor, Tensor]:
+    def _places(self, group: int, arena: GroupArena, stop: int) -> tuple[Tensor, Tensor]:
         """Block and offset of every column of every row held, each [R, S]."""
         nobody = BlockId(arena.num_blocks - 1)
         tables = [

@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvkeep.attention import AttentionTerms
 
-__all__ = ["AttentionStep", "decoder_configs", "installed", "register"]
+__all__ = ["AttentionStep", "decoder_configs", "installed", "is_running", "register"]
 
 _NAME = "kvkeep"
 
@@ -30,6 +30,11 @@ class AttentionStep(Protocol):
 
 
 _STEP: ContextVar[AttentionStep | None] = ContextVar("kvkeep_step", default=None)
+
+
+def is_running() -> bool:
+    """Whether a step of kvkeep is running in this context."""
+    return _STEP.get() is not None
 
 
 def decoder_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -7,21 +7,28 @@ import torch
 from transformers import PreTrainedModel
 
 from kvkeep.arena import ArenaGroups, fit_blocks
-from kvkeep.attention import GatherAttention
 from kvkeep.blocks import Namespace
 from kvkeep.cache import KVCache
 from kvkeep.config import EngineSettings, parse_bytes
 from kvkeep.hf.fingerprint import longest_context, model_fingerprint, position_regime
-from kvkeep.hf.geometry import ModelGeometry, measure_geometry, text_config
-from kvkeep.hf.paged_model import Mode, PagedModel
-from kvkeep.hf.selftest import SelfTest, choose_mode
+from kvkeep.hf.format_probe import FormatProbe
+from kvkeep.hf.geometry import ModelGeometry, text_config
+from kvkeep.hf.linear import LinearChoice
+from kvkeep.hf.memory import Memory, allocate_memory, kernels_can_serve
+from kvkeep.hf.paged_model import PagedModel
+from kvkeep.hf.selftest import SelfTest
+from kvkeep.hf.verdict import Verdict, judge
+from kvkeep.native import Kernels, KernelsAbsent
 
 __all__ = ["InstalledModel", "free_memory_bytes", "install"]
 
 
 @dataclass(frozen=True, slots=True)
 class InstalledModel:
-    """A model, its cache, and the verdict of the self-test (None when it was switched off)."""
+    """A model, its cache, and the verdict of the self-test (None when it was switched off).
+
+    `kernels`, `linears` and `format_probe` are those of the Verdict.
+    """
 
     cache: KVCache
     arenas: ArenaGroups
@@ -31,43 +38,44 @@ class InstalledModel:
     max_context: int
     vocab_size: int
     self_test: SelfTest | None
+    kernels: Kernels | KernelsAbsent
+    linears: tuple[LinearChoice, ...]
+    format_probe: FormatProbe | None
 
 
 def install(model: PreTrainedModel, settings: EngineSettings) -> InstalledModel:
-    """Measure, test and give memory to `model`; the model itself stays as it is.
+    """Measure, test and give memory to `model`, which outside of a step stays as it is.
 
-    Raises UnsupportedModelError when it cannot be served right, CapacityError when memory is too small.
+    Raises UnsupportedModelError when it cannot be served right, or not in the format asked for,
+    CapacityError when memory is too small, ConfigError when its K/V cannot have that format at all.
     """
-    model.eval()
-    geometry = measure_geometry(model, settings.block_size)
-    spec = geometry.spec
-    self_test = choose_mode(model, geometry, settings.mode) if settings.self_test else None
-    mode = self_test.mode if self_test else _untested_mode(geometry, settings.mode)
-    parameter = next(model.parameters())
-    capacity = parse_bytes(settings.capacity, total_bytes=free_memory_bytes(parameter.device))
+    verdict = judge(model, settings)
+    spec = verdict.geometry.spec
+    device = next(model.parameters()).device
     num_blocks = fit_blocks(
         spec,
-        capacity,
+        parse_bytes(settings.capacity, total_bytes=free_memory_bytes(device)),
         max_requests=settings.max_requests,
         max_batch_tokens=settings.max_batch_tokens,
     )
-    arenas = ArenaGroups(
-        spec, num_blocks, dtype=parameter.dtype, device=parameter.device, poison=settings.poison
-    )
+    memory = _allocate(model, verdict, num_blocks, poison=settings.poison)
     return InstalledModel(
-        cache=KVCache(spec, num_blocks, arenas, policy=settings.policy),
-        arenas=arenas,
-        paged=PagedModel(model, geometry, arenas, GatherAttention(arenas), mode),
-        geometry=geometry,
+        cache=KVCache(spec, num_blocks, memory.arenas, policy=settings.policy),
+        arenas=memory.arenas,
+        paged=PagedModel(model, verdict.geometry, memory.arenas, memory.backend, verdict.mode),
+        geometry=verdict.geometry,
         namespace=Namespace(
             model=model_fingerprint(model),
             positions=position_regime(model),
-            kv_format=spec.dtype,
+            kv_format=spec.kv_format,
             block_size=spec.block_size,
         ),
         max_context=longest_context(model, settings.max_context),
         vocab_size=text_config(model).vocab_size,
-        self_test=self_test,
+        self_test=verdict.self_test,
+        kernels=verdict.kernels,
+        linears=verdict.linears,
+        format_probe=verdict.format_probe,
     )
 
 
@@ -78,7 +86,17 @@ def free_memory_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _untested_mode(geometry: ModelGeometry, asked: str) -> Mode:
-    if asked != "auto":
-        return Mode(asked)
-    return Mode.HYBRID if geometry.recurrent_layers else Mode.NATIVE
+def _allocate(
+    model: PreTrainedModel, verdict: Verdict, num_blocks: list[int], *, poison: bool
+) -> Memory:
+    spec, parameter = verdict.geometry.spec, next(model.parameters())
+    can_serve = kernels_can_serve(spec, parameter.device)
+    return allocate_memory(
+        spec,
+        num_blocks,
+        mode=verdict.mode,
+        dtype=parameter.dtype,
+        device=parameter.device,
+        kernels=verdict.usable_kernels if can_serve else None,
+        poison=poison,
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvkeep.arena import ArenaGroups, RecurrentState
-from kvkeep.attention import AttentionBackend, GroupInputs, Item, build_group_inputs
+from kvkeep.attention import AttentionBackend, GroupInputs, Item
 from kvkeep.cache import Lease
 from kvkeep.hf.geometry import ModelGeometry, text_config
 from kvkeep.hf.hooks import decoder_configs, installed, register
@@ -36,18 +36,22 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Spans of one request to compute; `wants_logits` asks for those behind the last token."""
+    """Spans of one request to compute; `wants_logits` asks for those behind the last token.
+
+    With `wants_all` as well they are those behind every token of the spans.
+    """
 
     lease: Lease
     spans: tuple[Span, ...]
     wants_logits: bool
+    wants_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
     lease: Lease
     span: Span
-    wants_logits: bool
+    num_logits: int  # the last so many tokens' are asked for
 
 
 class PagedModel:
@@ -88,7 +92,7 @@ class PagedModel:
         span is in the arena or in an earlier span of the same request.
         """
         segments = [
-            _Segment(item.lease, span, item.wants_logits and span is item.spans[-1])
+            _Segment(item.lease, span, _num_logits(item, span))
             for item in work
             for span in item.spans
         ]
@@ -98,12 +102,11 @@ class PagedModel:
         for batch in self._batches(segments):
             part = [segments[at] for at in batch]
             run = self._run_dense if self.mode is Mode.DENSE else self._run_hybrid
-            logits_RV = run(part)
-            wanting = [at for at in batch if segments[at].wants_logits]
-            rows.update(zip(wanting, logits_RV, strict=True))
+            counts = [segment.num_logits for segment in part]
+            rows.update(zip(batch, run(part).split(counts), strict=True))
         if not rows:
             return torch.empty(0, 0, device=self.device)
-        return torch.stack([rows[at] for at in sorted(rows)])
+        return torch.cat([rows[at] for at in sorted(rows)])
 
     def _batches(self, segments: Sequence[_Segment]) -> list[list[int]]:
         """Which segments share a forward: single tokens with a past, where states allow it."""
@@ -165,19 +168,19 @@ class PagedModel:
     def _call(self, segments: Sequence[_Segment], positions_BT: Tensor, cache: Cache) -> Tensor:
         ids = [t for seg in segments for t in seg.lease.chain.tokens(seg.span.start, seg.span.stop)]
         ids_BT = torch.tensor(ids, device=self.device).view(positions_BT.shape)
-        last_rows, row = [], 0
+        wanted: list[int] = []
+        row = 0
         for seg in segments:
             row += len(seg.span)
-            if seg.wants_logits:
-                last_rows.append(row - 1)
+            wanted += range(row - seg.num_logits, row)
         is_packed = positions_BT.shape[0] == 1
-        keep = torch.tensor(last_rows, dtype=torch.long, device=self.device)
+        keep = torch.tensor(wanted, dtype=torch.long, device=self.device)
         arguments: dict[str, Any] = {}
         if self._picks_logits:
             # At least one row, because some heads cannot do without. Of packed rows never by number: Gemma 4
             # then drops all others before the layers that reuse K/V, and the step's rows would not fit.
             arguments["logits_to_keep"] = (
-                (keep if last_rows else keep.new_zeros(1)) if is_packed else 1
+                (keep if wanted else keep.new_zeros(1)) if is_packed else 1
             )
         out: Tensor = self.model(
             input_ids=ids_BT,
@@ -186,7 +189,7 @@ class PagedModel:
             use_cache=self.mode is Mode.DENSE,
             **arguments,
         ).logits
-        if not last_rows:
+        if not wanted:
             return out[0, :0]
         if is_packed:
             return out[0] if self._picks_logits else out[0, keep]
@@ -209,7 +212,7 @@ class PagedModel:
                 table = seg.lease.tables[group]
                 items.append(Item(row, seg.span, table.blocks, table.read_only))
                 row += len(seg.span)
-            inputs.append(build_group_inputs(group_spec, spec.block_size, items, self.device))
+            inputs.append(self._backend.inputs(group, items))
         return inputs
 
     def _load_states(self, segments: Sequence[_Segment]) -> dict[int, Any]:
@@ -226,3 +229,9 @@ class PagedModel:
         states: list[RecurrentState] = split_states(state_layers, len(segments))
         for seg, state in zip(segments, states, strict=True):
             arena.save(seg.lease.states[self._state_group], state)
+
+
+def _num_logits(item: Work, span: Span) -> int:
+    if item.wants_logits and item.wants_all:
+        return len(span)
+    return int(item.wants_logits and span is item.spans[-1])

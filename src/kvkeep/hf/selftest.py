@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvkeep.arena import ArenaGroups, fit_blocks
-from kvkeep.attention import GatherAttention
+from kvkeep.arena import fit_blocks
 from kvkeep.blocks import Namespace, TokenChain
 from kvkeep.cache import KVCache, Lease
 from kvkeep.errors import UnsupportedModelError
 from kvkeep.hf.geometry import ModelGeometry, text_config
+from kvkeep.hf.memory import allocate_memory, kernels_can_serve
 from kvkeep.hf.paged_model import Mode, PagedModel, Work
+from kvkeep.native import Kernels
 from kvkeep.planning import cut_spans
 from kvkeep.spec import KVSpec
 
@@ -35,11 +36,20 @@ _NOISE_MARGIN = 4.0
 
 @dataclass(frozen=True, slots=True)
 class ModeTrial:
-    """A mode that was tried: its error relative to the largest logit, or why it could not run."""
+    """A mode that was tried: its error relative to the largest logit, or why it could not run.
+
+    `with_kernels` tells the trial of the compiled CPU kernels from that of torch.
+    """
 
     mode: Mode
     error: float | None
     failure: str | None = None
+    with_kernels: bool = False
+
+    @property
+    def name(self) -> str:
+        """The mode, and whether by kernels."""
+        return f"{self.mode} with kernels" if self.with_kernels else str(self.mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,7 @@ class SelfTest:
     """The verdict: the mode chosen, and every trial with its error; errors are relative."""
 
     mode: Mode
+    with_kernels: bool
     tolerance: float
     num_tokens: int
     trials: tuple[ModeTrial, ...]
@@ -61,19 +72,34 @@ class _Truth:
     tolerance: float
 
 
-def choose_mode(model: PreTrainedModel, geometry: ModelGeometry, asked: str = "auto") -> SelfTest:
-    """The first mode whose paged logits equal the model's own; raises UnsupportedModelError with numbers."""
+def choose_mode(
+    model: PreTrainedModel,
+    geometry: ModelGeometry,
+    asked: str = "auto",
+    kernels: Kernels | None = None,
+) -> SelfTest:
+    """The first mode whose paged logits equal the model's own; raises UnsupportedModelError with numbers.
+
+    A mode that reads pages is tried with `kernels` first, where there are some and they can hold the model.
+    """
     block_size = min(geometry.spec.block_size, _MOST_BLOCK_SIZE)
     geometry = replace(geometry, spec=replace(geometry.spec, block_size=block_size))
     truth = _truth(model, geometry.spec)
     trials: list[ModeTrial] = []
+    device = next(model.parameters()).device
+    if kernels is not None and not kernels_can_serve(geometry.spec, device):
+        kernels = None
     for mode in _candidates(geometry) if asked == "auto" else [Mode(asked)]:
-        trial = _try(model, geometry, mode, truth)
-        trials.append(trial)
-        if trial.error is not None and trial.error <= truth.tolerance:
-            return SelfTest(mode, truth.tolerance, len(truth.ids), tuple(trials))
+        reads_pages = mode in (Mode.NATIVE, Mode.HYBRID)
+        for own in (kernels, None) if kernels is not None and reads_pages else (None,):
+            trial = _try(model, geometry, mode, truth, own)
+            trials.append(trial)
+            if trial.error is not None and trial.error <= truth.tolerance:
+                return SelfTest(
+                    mode, own is not None, truth.tolerance, len(truth.ids), tuple(trials)
+                )
     tried = "; ".join(
-        f"{trial.mode}: {trial.failure or f'error {trial.error:.2g}'}" for trial in trials
+        f"{trial.name}: {trial.failure or f'error {trial.error:.2g}'}" for trial in trials
     )
     raise UnsupportedModelError(
         f"model_type={text_config(model).model_type!r} cannot be served right: paged logits differ from "
@@ -117,28 +143,47 @@ def _own_cache_logits(model: PreTrainedModel, ids_1T: Tensor) -> Tensor:
     return torch.cat(out)
 
 
-def _try(model: PreTrainedModel, geometry: ModelGeometry, mode: Mode, truth: _Truth) -> ModeTrial:
+def _try(
+    model: PreTrainedModel,
+    geometry: ModelGeometry,
+    mode: Mode,
+    truth: _Truth,
+    kernels: Kernels | None,
+) -> ModeTrial:
+    with_kernels = kernels is not None
     try:
-        logits_RV = _paged_logits(model, geometry, mode, truth.ids)
+        logits_RV = _paged_logits(model, geometry, mode, truth.ids, kernels)
     except Exception as error:  # noqa: BLE001  a model may fail in any way; the trial records it
-        return ModeTrial(mode, None, f"{type(error).__name__}: {error}"[:200])
+        failure = f"{type(error).__name__}: {error}"[:200]
+        return ModeTrial(mode, None, failure, with_kernels=with_kernels)
     difference = (logits_RV.float() - truth.logits_RV).abs().max() / truth.logits_RV.abs().max()
-    return ModeTrial(mode, difference.nan_to_num(float("inf")).item())
+    error_found = difference.nan_to_num(float("inf")).item()
+    return ModeTrial(mode, error_found, with_kernels=with_kernels)
 
 
 def _paged_logits(
-    model: PreTrainedModel, geometry: ModelGeometry, mode: Mode, ids: Sequence[int]
+    model: PreTrainedModel,
+    geometry: ModelGeometry,
+    mode: Mode,
+    ids: Sequence[int],
+    kernels: Kernels | None,
 ) -> Tensor:
     """Logits behind the last prompt token and behind each decoded one, after every detour."""
     spec = geometry.spec
     parameter = next(model.parameters())
     num_bytes = spec.block_bytes() * (4 * spec.num_blocks(len(ids)) + 8)
     num_blocks = fit_blocks(spec, num_bytes, max_requests=4, max_batch_tokens=len(ids))
-    arenas = ArenaGroups(
-        spec, num_blocks, dtype=parameter.dtype, device=parameter.device, poison=True
+    memory = allocate_memory(
+        spec,
+        num_blocks,
+        mode=mode,
+        dtype=parameter.dtype,
+        device=parameter.device,
+        kernels=kernels,
+        poison=True,
     )
-    cache = KVCache(spec, num_blocks, arenas)
-    paged = PagedModel(model, geometry, arenas, GatherAttention(arenas), mode)
+    cache = KVCache(spec, num_blocks, memory.arenas)
+    paged = PagedModel(model, geometry, memory.arenas, memory.backend, mode)
     root = Namespace(model="self-test", positions="", kv_format="", block_size=spec.block_size)
     num_prompt = len(ids) - _NUM_DECODED
     chunk = spec.block_size + spec.block_size // 2

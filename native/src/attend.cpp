@@ -1,0 +1,229 @@
+// Attention over the arena: prepare queries, compute units, merge their partial results.
+
+#include "attend.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "generic/numbers.h"
+#include "items.h"
+#include "tiles.h"
+
+namespace kvkeep {
+namespace {
+
+struct Isa {};  // the one of this file
+
+constexpr int kChunk = 256;
+// Query heads of a unit: their scores and partial results stay in the cache.
+constexpr int kMostRows = 256;
+
+// Memory that only grows, since freeing and mapping it anew in every call costs more than the attention of a
+// short context.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
+  ~Scratch() { std::free(begin_); }
+
+  // Nullptr if there is not so much.
+  std::uint8_t *reserve(std::size_t num_bytes) {
+    if (num_bytes <= num_bytes_) return begin_;
+    std::free(begin_);
+    num_bytes_ = 0;
+    const std::size_t rounded = (num_bytes + num_bytes / 4 + 4095) / 4096 * 4096;
+    begin_ = static_cast<std::uint8_t *>(std::aligned_alloc(4096, rounded));
+    if (begin_ != nullptr) num_bytes_ = rounded;
+    return begin_;
+  }
+
+ private:
+  std::uint8_t *begin_ = nullptr;
+  std::size_t num_bytes_ = 0;
+};
+
+// What a calling thread keeps from call to call.
+struct Kept {
+  Plan plan;
+  Scratch scratch;
+};
+
+std::size_t lines(std::size_t num_bytes) { return (num_bytes + 63) / 64 * 64; }
+
+const std::uint8_t *row_begin(const KvkeepRows &rows, std::int64_t row, std::int64_t head) {
+  const std::size_t item_bytes = rows.dtype == KVKEEP_F32 ? 4 : 2;
+  return static_cast<const std::uint8_t *>(rows.data) +
+         (row * rows.row_stride + head * rows.head_stride) * static_cast<std::int64_t>(item_bytes);
+}
+
+void prepare_query(const Attention &a, const KvkeepRows &q, int kv_head, int query, float *x) {
+  const int k_dim = a.arena->k_dim;
+  const std::size_t num_queries = a.plan->query_rows.size();
+  for (int g = 0; g < a.group_size; ++g) {
+    const std::size_t to = (kv_head * num_queries + query) * a.group_size + g;
+    Numbers<Isa>::load(row_begin(q, a.plan->query_rows[query], kv_head * a.group_size + g), q.dtype,
+                       k_dim, x);
+    a.keys->prepare_query(x, k_dim, a.arena->k_signs, a.is_bf16, a.queries + to * a.query_bytes);
+  }
+}
+
+// Sums what the units of an item found for one of its rows, in place; returns it.
+float *merge_row(const Attention &a, int item, int kv_head, int query, int g) {
+  const int v_dim = a.arena->v_dim;
+  const Part *parts = a.plan->parts.data() + a.plan->item_parts[item];
+  const int num_parts = a.plan->item_parts[item + 1] - a.plan->item_parts[item];
+  const auto partial = [&](int i) {
+    const Unit &unit = a.plan->units[parts[i].unit];
+    return a.partial_row(unit, kv_head, parts[i].first_query + query) + g;
+  };
+  const int head = kv_head * a.group_size + g;
+  float sink = a.terms->sinks == nullptr ? -INFINITY : a.terms->sinks[head];
+  // Units count the positions of ALiBi from the query's.
+  if (a.terms->alibi_slopes != nullptr) {
+    sink -= a.terms->alibi_slopes[head] * static_cast<float>(a.items->starts[item] + query);
+  }
+  sink *= 1.44269504f;  // partial results count in powers of two
+  float most = sink;
+  for (int i = 0; i < num_parts; ++i) most = std::max(most, a.most[partial(i)]);
+  float total = sink == -INFINITY ? 0 : std::exp2(sink - most);
+  float *out = a.acc + partial(0) * v_dim;
+  for (int i = 0; i < num_parts; ++i) {
+    const std::int64_t row = partial(i);
+    const float weight = a.totals[row] == 0 ? 0 : std::exp2(a.most[row] - most);
+    const float *acc = a.acc + row * v_dim;
+    total += weight * a.totals[row];
+    for (int d = 0; d < v_dim; ++d) out[d] = (i == 0 ? 0 : out[d]) + weight * acc[d];
+  }
+  a.values->finish(out, v_dim, a.arena->v_signs);
+  const float scale = total == 0 ? 0 : 1 / total;
+  for (int d = 0; d < v_dim; ++d) out[d] *= scale;
+  return out;
+}
+
+void merge_item(const Attention &a, const KvkeepRows &out, int item, int kv_head) {
+  for (int i = 0; i < a.items->num_queries[item]; ++i) {
+    for (int g = 0; g < a.group_size; ++g) {
+      const float *x = merge_row(a, item, kv_head, i, g);
+      auto *row = const_cast<std::uint8_t *>(
+          row_begin(out, a.items->rows[item] + i, kv_head * a.group_size + g));
+      Numbers<Isa>::store(x, out.dtype, a.arena->v_dim, row);
+    }
+  }
+}
+
+Task task_of(const Attention &a, std::int64_t i) {
+  const int num_heads = a.arena->num_kv_heads;
+  return {&a.plan->units[i / num_heads], static_cast<int>(i % num_heads)};
+}
+
+void run(const Attention &a, const KvkeepRows &q, const KvkeepRows &out,
+         std::uint8_t *thread_memory, std::size_t thread_bytes, int num_threads) {
+  const int num_heads = a.arena->num_kv_heads;
+  const int num_queries = static_cast<int>(a.plan->query_rows.size());
+  const std::int64_t num_tasks = static_cast<std::int64_t>(a.plan->units.size()) * num_heads;
+  // Neighbouring tasks go to one thread, as far as that leaves enough for all to end together.
+  const std::int64_t tasks_at_once =
+      std::clamp<std::int64_t>(num_tasks / (8 * num_threads), 1, num_heads);
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+  {
+    auto *x = reinterpret_cast<float *>(thread_memory + omp_get_thread_num() * thread_bytes);
+#pragma omp for schedule(static) collapse(2)
+    for (int head = 0; head < num_heads; ++head) {
+      for (int query = 0; query < num_queries; ++query) prepare_query(a, q, head, query, x);
+    }
+#pragma omp for schedule(dynamic, tasks_at_once)
+    for (std::int64_t i = 0; i < num_tasks; ++i) {
+      compute_task(a, task_of(a, i), task_of(a, std::min(i + 1, num_tasks - 1)), x);
+    }
+#pragma omp for schedule(static) collapse(2) nowait
+    for (int item = 0; item < a.items->num_items; ++item) {
+      for (int head = 0; head < num_heads; ++head) merge_item(a, out, item, head);
+    }
+  }
+}
+
+bool is_float(int dtype) { return dtype >= KVKEEP_F32 && dtype <= KVKEEP_BF16; }
+
+bool is_known(const KvkeepArena &arena, int layer, int num_heads, const KvkeepRows &q,
+              const KvkeepRows &out, int num_threads) {
+  if (layer < 0 || layer >= arena.num_layers || num_heads < 1 || arena.num_kv_heads < 1 ||
+      num_heads % arena.num_kv_heads != 0 || num_threads < 1) {
+    return false;
+  }
+  const int k_format = arena.k_formats[layer];
+  const int v_format = arena.v_formats[layer];
+  return arena.block_size > 0 && arena.block_size % 8 == 0 && arena.k_dim > 0 &&
+         arena.k_dim % 8 == 0 && arena.v_dim > 0 && arena.v_dim % 8 == 0 && k_format >= 0 &&
+         k_format < kNumFormats && v_format >= 0 && v_format < kNumFormats && is_float(q.dtype) &&
+         q.dtype == out.dtype;
+}
+
+Attention attention_of(const KvkeepArena &arena, int layer, const KvkeepItems &items,
+                       const KvkeepTerms &terms, int num_heads, int dtype, const Plan &plan) {
+  const int k_format = arena.k_formats[layer];
+  const int v_format = arena.v_formats[layer];
+  Attention a{};
+  a.ops = &ops();
+  a.keys = &a.ops->keys[k_format];
+  a.values = &a.ops->values[v_format];
+  a.arena = &arena;
+  a.items = &items;
+  a.terms = &terms;
+  a.plan = &plan;
+  a.layer_offset = arena.layer_offsets[layer];
+  a.key_tile_bytes = tile_bytes(k_format, arena.k_dim, arena.block_size);
+  a.value_tile_bytes = tile_bytes(v_format, arena.v_dim, arena.block_size);
+  a.group_size = num_heads / arena.num_kv_heads;
+  a.is_bf16 = dtype == KVKEEP_BF16;
+  a.query_bytes = a.keys->query_bytes(arena.k_dim);
+  return a;
+}
+
+// Divides scratch memory; returns what is left for the threads, or nullptr.
+std::uint8_t *take_scratch(Attention &a, Scratch &scratch, std::size_t thread_bytes) {
+  const std::size_t num_heads = a.arena->num_kv_heads * static_cast<std::size_t>(a.group_size);
+  const std::size_t num_partials = a.plan->num_unit_queries * num_heads;
+  const std::size_t row_bytes = lines(num_partials * sizeof(float));
+  const std::size_t acc_bytes = lines(num_partials * a.arena->v_dim * sizeof(float));
+  const std::size_t query_bytes = a.plan->query_rows.size() * num_heads * a.query_bytes;
+  std::uint8_t *p = scratch.reserve(query_bytes + acc_bytes + 2 * row_bytes + thread_bytes);
+  if (p == nullptr) return nullptr;
+  a.queries = p;
+  a.acc = reinterpret_cast<float *>(p + query_bytes);
+  a.most = reinterpret_cast<float *>(p + query_bytes + acc_bytes);
+  a.totals = reinterpret_cast<float *>(p + query_bytes + acc_bytes + row_bytes);
+  return p + query_bytes + acc_bytes + 2 * row_bytes;
+}
+
+}  // namespace
+}  // namespace kvkeep
+
+extern "C" int32_t kvkeep_attend(const KvkeepArena *arena, int32_t layer, const KvkeepItems *items,
+                                 const KvkeepTerms *terms, int32_t num_heads, const KvkeepRows *q,
+                                 const KvkeepRows *out, int32_t num_threads) {
+  using namespace kvkeep;
+  if (!is_known(*arena, layer, num_heads, *q, *out, num_threads)) return KVKEEP_BAD_ARGUMENT;
+  if (items->num_items < 1) return KVKEEP_OK;
+  static thread_local Kept kept;
+  Attention a = attention_of(*arena, layer, *items, *terms, num_heads, q->dtype, kept.plan);
+  a.chunk = (kChunk + arena->block_size - 1) / arena->block_size * arena->block_size;
+  try {
+    plan_units(*items, arena->block_size, a.chunk, std::max(kMostQueries, kMostRows / a.group_size),
+               kept.plan);
+  } catch (const std::bad_alloc &) {
+    return KVKEEP_NO_MEMORY;
+  }
+  const std::size_t num_scores =
+      static_cast<std::size_t>(kept.plan.most_unit_queries) * a.group_size * score_stride(a.chunk);
+  const std::size_t thread_bytes =
+      lines(std::max<std::size_t>(num_scores, arena->k_dim) * sizeof(float));
+  std::uint8_t *memory = take_scratch(a, kept.scratch, thread_bytes * num_threads);
+  if (memory == nullptr) return KVKEEP_NO_MEMORY;
+  run(a, *q, *out, memory, thread_bytes, num_threads);
+  return KVKEEP_OK;
+}

@@ -1,0 +1,157 @@
+#include <algorithm>
+#include <cmath>
+
+#include "attend.h"
+#include "items.h"
+
+namespace kvkeep {
+namespace {
+
+constexpr float kMasked = -INFINITY;
+constexpr float kLog2OfE = 1.44269504f;
+
+// A task while it is computed.
+class TaskRun {
+ public:
+  TaskRun(const Attention &attention, const Task &task, float *scores)
+      : a_(attention),
+        unit_(*task.unit),
+        kv_head_(task.kv_head),
+        block_size_(attention.arena->block_size),
+        first_block_(unit_.first / block_size_),
+        num_blocks_((unit_.last - 1) / block_size_ - first_block_ + 1),
+        num_rows_(unit_.num_queries * attention.group_size),
+        stride_(score_stride(attention.chunk)),
+        scores_(scores) {}
+
+  const std::uint8_t *first_tile() const { return key_tile(0); }
+
+  // Scores of all tokens of the unit's blocks, unscaled and unmasked.
+  void score() {
+    for (int i = 0; i < num_blocks_; ++i) {
+      const std::uint8_t *next = i + 1 < num_blocks_ ? key_tile(i + 1) : value_tile(0);
+      for (int part = unit_.first_part; part >= 0;) {
+        part = score_items(i, part, part == unit_.first_part ? next - key_tile(i) : 0);
+      }
+    }
+  }
+
+  // Weights from scores, with the largest score and the sum of each row.
+  void soften() {
+    const std::vector<Part> &parts = a_.plan->parts;
+    for (int p = unit_.first_part; p >= 0; p = parts[p].next) {
+      const int item = parts[p].item;
+      for (int i = 0; i < a_.items->num_queries[item]; ++i) {
+        for (int g = 0; g < a_.group_size; ++g) {
+          soften_row((parts[p].first_query + i) * a_.group_size + g, g, a_.items->starts[item] + i);
+        }
+      }
+    }
+  }
+
+  void accumulate(const std::uint8_t *tile_after) {
+    const int v_dim = a_.arena->v_dim;
+    float *acc = a_.acc + a_.partial_row(unit_, kv_head_, 0) * v_dim;
+    std::fill_n(acc, static_cast<std::size_t>(num_rows_) * v_dim, 0.0f);
+    for (int i = 0; i < num_blocks_; ++i) {
+      const std::uint8_t *next = i + 1 < num_blocks_ ? value_tile(i + 1) : tile_after;
+      const int position = (first_block_ + i) * block_size_;
+      a_.values->accumulate(value_tile(i), block_size_, v_dim, scores_ + position - unit_.begin,
+                            stride_, num_rows_, std::max(unit_.first - position, 0),
+                            std::min(unit_.last - position, block_size_), a_.is_bf16, acc,
+                            next - value_tile(i));
+    }
+  }
+
+ private:
+  const std::uint8_t *layer_of(int i) const {
+    return a_.arena->base + unit_.blocks[i] * a_.arena->block_bytes + a_.layer_offset;
+  }
+
+  const std::uint8_t *key_tile(int i) const { return layer_of(i) + kv_head_ * a_.key_tile_bytes; }
+
+  const std::uint8_t *value_tile(int i) const {
+    return layer_of(i) + a_.arena->num_kv_heads * a_.key_tile_bytes +
+           kv_head_ * a_.value_tile_bytes;
+  }
+
+  // Scores block i for a part, and for the parts behind it whose prepared queries follow; returns the next part.
+  int score_items(int i, int part, std::ptrdiff_t ahead) {
+    const std::vector<Part> &parts = a_.plan->parts;
+    const std::vector<int> &queries = a_.plan->item_queries;
+    int last = part;
+    while (parts[last].next >= 0 && parts[parts[last].next].item == parts[last].item + 1) {
+      last = parts[last].next;
+    }
+    const int first_query = queries[parts[part].item];
+    const int num_queries = queries[parts[last].item + 1] - first_query;
+    const std::size_t row =
+        (static_cast<std::size_t>(kv_head_) * a_.plan->query_rows.size() + first_query) *
+        a_.group_size;
+    const int column = (first_block_ + i) * block_size_ - unit_.begin;
+    const std::size_t score_row = static_cast<std::size_t>(parts[part].first_query) * a_.group_size;
+    a_.keys->score(key_tile(i), block_size_, a_.arena->k_dim, a_.queries + row * a_.query_bytes,
+                   num_queries * a_.group_size, scores_ + score_row * stride_ + column, stride_,
+                   ahead);
+    return parts[last].next;
+  }
+
+  void soften_row(int row, int g, int position) {
+    float *x = scores_ + static_cast<std::size_t>(row) * stride_;
+    const int size = (first_block_ + num_blocks_) * block_size_ - unit_.begin;
+    const int first = std::clamp(first_read(*a_.items, position), unit_.first, unit_.last);
+    const int last = std::clamp(position + 1, first, unit_.last);
+    const float scale = apply_terms(x, size, kv_head_ * a_.group_size + g, position);
+    std::fill(x, x + (first - unit_.begin), kMasked);
+    std::fill(x + (last - unit_.begin), x + size, kMasked);
+    const float most = scale * a_.ops->max(x, size);
+    const std::int64_t partial = a_.partial_row(unit_, kv_head_, 0) + row;
+    a_.most[partial] = most;
+    if (most == kMasked) {
+      std::fill_n(x, size, 0.0f);
+      a_.totals[partial] = 0;
+    } else {
+      a_.totals[partial] = a_.ops->exp2_sum(x, size, scale, most);
+    }
+  }
+
+  // What the scores are still to be multiplied with, to count them in powers of two, after everything that is not
+  // a multiplication.
+  float apply_terms(float *x, int size, int head, int position) const {
+    const KvkeepTerms &terms = *a_.terms;
+    float scale = terms.scaling * kLog2OfE;
+    if (terms.softcap != 0) {
+      a_.ops->softcap(x, size, terms.scaling, terms.softcap);
+      scale = kLog2OfE;
+    }
+    // With a negative scale the largest score would not be the largest product.
+    if (terms.alibi_slopes == nullptr && scale > 0) return scale;
+    const float slope = terms.alibi_slopes == nullptr ? 0 : terms.alibi_slopes[head] * kLog2OfE;
+    // Counted from the query, which changes nothing but keeps the numbers small; see `merge` for sinks.
+    for (int t = 0; t < size; ++t) {
+      x[t] = scale * x[t] + slope * static_cast<float>(unit_.begin + t - position);
+    }
+    return 1;
+  }
+
+  const Attention &a_;
+  const Unit &unit_;
+  const int kv_head_;
+  const int block_size_;
+  const int first_block_;
+  const int num_blocks_;
+  const int num_rows_;
+  const int stride_;
+  float *const scores_;
+};
+
+}  // namespace
+
+void compute_task(const Attention &attention, const Task &task, const Task &next, float *scores) {
+  TaskRun run(attention, task, scores);
+  run.score();
+  run.soften();
+  run.accumulate(TaskRun(attention, next, scores).first_tile());
+}
+
+}  // namespace kvkeep

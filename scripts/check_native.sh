@@ -1,0 +1,32 @@
+#!/bin/sh
+# Lint the C++ sources and run their stress test under sanitizers: check_native.sh [NUM_SEEDS]
+# Needs g++, and cmake, ninja and clang-tidy in PATH. Builds below build/.
+set -eu
+
+num_seeds=${1:-12}
+num_cpus=$(getconf _NPROCESSORS_ONLN)
+
+cmake -S native -B build/lint -G Ninja -DKVKEEP_STRICT=ON >/dev/null
+cmake --build build/lint
+
+# The linker keeps one copy of a weak function: that of an instruction set could end up in portable code.
+if find build/lint -path '*/avx*.o' -exec nm -A --demangle {} + | grep ' W '; then
+    echo "native: the functions above are compiled for one instruction set and visible to others" >&2
+    exit 1
+fi
+
+# clang has neither omp.h, where GCC's goes last so that its intrinsics do not replace clang's, nor the
+# builtin, whose arguments are what there is to check.
+omp_folder=$(dirname "$(g++ -print-file-name=include/omp.h)")
+find native/src -name '*.cpp' -print0 |
+    xargs -0 -n 1 -P "$num_cpus" clang-tidy --quiet -p build/lint \
+        --extra-arg="-idirafter$omp_folder" --extra-arg='-D__builtin_shuffle(vector,...)=(vector)'
+
+stress() { # SANITIZER NUM_SEEDS
+    cmake -S native -B "build/$1" -G Ninja -DKVKEEP_SANITIZE="$1" >/dev/null
+    cmake --build "build/$1" --target kvkeep_stress
+    "build/$1/kvkeep_stress" 0 "$2"
+}
+
+stress address,undefined "$num_seeds"
+stress thread $((num_seeds / 2))

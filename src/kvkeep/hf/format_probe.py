@@ -1,0 +1,224 @@
+"""What a KV format does to a model's own next-token distributions, measured on its weights at load time.
+
+Legend: T tokens of all sequences, V vocabulary, R rows of logits.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from kvkeep.attention import AttentionBackend
+from kvkeep.errors import UnsupportedModelError
+from kvkeep.hf.layer_damage import DamageMeter
+from kvkeep.hf.probe_tokens import probe_tokens
+from kvkeep.hf.trial_logits import Served, trial_logits
+from kvkeep.native import MOST_QUERIES
+from kvkeep.spec import KVSpec, with_format
+
+__all__ = [
+    "FormatProbe",
+    "ProbeBasis",
+    "is_quantised",
+    "measure_basis",
+    "probe_format",
+    "served_in",
+]
+
+# Nats. Caches of 4 bits that work were measured by others at 0.01 to 0.02; one at 0.055 made every fourth
+# most likely token another one.
+_LIMIT = 0.05
+# A model that rounds as much by itself is not the format's fault.
+_NOISE_MARGIN = 2.0
+_ROWS_AT_ONCE = 64
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Between distributions: mean KL divergence in nats, and the share with the same best token."""
+
+    kld: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeBasis:
+    """What formats are compared with: the model's logits with K/V in its own dtype.
+
+    `noise` is what the same differ by when they are computed in other spans.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+    logits_TV: Tensor
+    noise: Divergence
+
+    @property
+    def limit(self) -> float:
+        """The largest mean divergence that is accepted."""
+        return max(_LIMIT, _NOISE_MARGIN * self.noise.kld)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FormatProbe:
+    """The verdict on one format, against K/V in the model's dtype.
+
+    `kld` is the mean KL divergence of next-token distributions in nats, `top1_agreement` the share of
+    positions with the same most likely token; both with `exact_layers` kept in the model's dtype, and
+    `whole_kld` and `whole_top1_agreement` without any such layer. The noise is the same for K/V in the
+    model's dtype computed in other spans: what is below it means nothing.
+    """
+
+    format: str
+    kld: float
+    top1_agreement: float
+    exact_layers: tuple[int, ...]
+    whole_kld: float
+    whole_top1_agreement: float
+    limit: float
+    num_positions: int
+    noise_kld: float
+    noise_top1_agreement: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the divergence is within the limit."""
+        return self.kld <= self.limit
+
+    def check(self, model_type: str, num_layers: int, dtype: str) -> None:
+        """Warn when layers are kept exact; raise UnsupportedModelError when even that does not suffice."""
+        whole = (
+            f"mean KL divergence {self.whole_kld:.2g} nats, same best token at "
+            f"{self.whole_top1_agreement:.0%}"
+        )
+        numbers = ", ".join(map(str, self.exact_layers))
+        kept = f"{len(self.exact_layers)} of {num_layers} layers ({numbers}) in {dtype}"
+        found = f"{self.kld:.2g} nats, {self.top1_agreement:.0%}"
+        if not self.passed:
+            others = "'int8' or 'auto'" if self.format in ("int4", "k8v4") else "'auto'"
+            raise UnsupportedModelError(
+                f"kv_format={self.format!r} changes what this model ({model_type}) says by too much: "
+                f"{whole}, and with {kept} still {found}; the limit is {self.limit:.2g} nats over "
+                f"{self.num_positions} positions; use kv_format={others}, or kv_exact_layers=() to have it "
+                "all the same"
+            )
+        if self.exact_layers:
+            _LOGGER.warning(
+                "kv_format=%r alone changes what this model (%s) says by too much (%s; limit %.2g nats), so "
+                "it has %s: now %s. kv_exact_layers sets them by hand",
+                self.format,
+                model_type,
+                whole,
+                self.limit,
+                kept,
+                found,
+            )
+
+
+def is_quantised(spec: KVSpec) -> bool:
+    """Whether some layer's K/V are codes."""
+    return any(
+        layer.k.is_quantised or layer.v.is_quantised
+        for group in spec.groups
+        for layer in group.formats
+    )
+
+
+def served_in(served: Served, name: str, exact_layers: Sequence[int] = ()) -> Served:
+    """The same model with its K/V in another format; raises ConfigError as `with_format` does."""
+    spec = with_format(served.geometry.spec, name, exact_layers=exact_layers)
+    return replace(served, geometry=replace(served.geometry, spec=spec))
+
+
+def measure_basis(served: Served) -> ProbeBasis:
+    """Choose the tokens and compute the model's own logits for them, twice: a few hundred positions."""
+    own = served_in(served, "auto")
+    sequences = probe_tokens(served.model, is_packed=served.is_packed)
+    logits_TV = trial_logits(own, sequences, chunk=_chunk(served, sequences))
+    again_TV = trial_logits(own, sequences, chunk=_other_chunk(served, sequences))
+    return ProbeBasis(tuple(sequences), logits_TV, divergence(logits_TV, again_TV))
+
+
+def probe_format(served: Served, name: str, basis: ProbeBasis) -> FormatProbe:
+    """Measure a format; when it is over the limit, also with the most damaged layers kept exact.
+
+    One forward over the basis where all is well. Else one that ranks the layers, and one for each number of
+    exact layers that is tried: 1, 2, 4, up to half of them.
+    """
+    whole = _measured(served, name, (), basis)
+    found = whole
+    exact_layers: tuple[int, ...] = ()
+    if whole.kld > basis.limit:
+        for candidate in _candidates(_ranking(served, name, basis)):
+            exact_layers = candidate
+            found = _measured(served, name, exact_layers, basis)
+            if found.kld <= basis.limit:
+                break
+    return FormatProbe(
+        format=name,
+        kld=found.kld,
+        top1_agreement=found.top1_agreement,
+        exact_layers=exact_layers,
+        whole_kld=whole.kld,
+        whole_top1_agreement=whole.top1_agreement,
+        limit=basis.limit,
+        num_positions=len(basis.logits_TV),
+        noise_kld=basis.noise.kld,
+        noise_top1_agreement=basis.noise.top1_agreement,
+    )
+
+
+def divergence(logits_RV: Tensor, other_RV: Tensor) -> Divergence:
+    """How far the distributions of `other_RV` are from those of `logits_RV`, row by row."""
+    kld, agreeing = 0.0, 0
+    for own, other in zip(
+        logits_RV.split(_ROWS_AT_ONCE), other_RV.split(_ROWS_AT_ONCE), strict=True
+    ):
+        own_log, other_log = own.float().log_softmax(-1), other.float().log_softmax(-1)
+        kld += (own_log.exp() * (own_log - other_log)).sum().item()
+        agreeing += int((own.argmax(-1) == other.argmax(-1)).sum())
+    mean = kld / len(logits_RV)
+    # What is not a number is as far away as can be.
+    return Divergence(max(mean, 0.0) if mean == mean else float("inf"), agreeing / len(logits_RV))
+
+
+def _measured(
+    served: Served, name: str, exact_layers: Sequence[int], basis: ProbeBasis
+) -> Divergence:
+    own = served_in(served, name, exact_layers)
+    logits_TV = trial_logits(own, basis.sequences, chunk=_chunk(served, basis.sequences))
+    return divergence(basis.logits_TV, logits_TV)
+
+
+def _ranking(served: Served, name: str, basis: ProbeBasis) -> list[int]:
+    spec = served_in(served, name).geometry.spec
+    meters: list[DamageMeter] = []
+
+    def watch(backend: AttentionBackend) -> DamageMeter:
+        meters.append(DamageMeter(backend, spec))
+        return meters[-1]
+
+    longest = max(map(len, basis.sequences))
+    trial_logits(served_in(served, "auto"), basis.sequences, chunk=longest, watch=watch)
+    return meters[0].ranking()
+
+
+def _candidates(ranking: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    most, count = len(ranking) // 2, 1
+    while count < most:
+        yield tuple(sorted(ranking[:count]))
+        count *= 2
+    if most:
+        yield tuple(sorted(ranking[:most]))
+
+
+def _chunk(served: Served, sequences: Sequence[Sequence[int]]) -> int:
+    """Spans short enough for the kernels that read blocks in place, where there is one forward for all."""
+    return MOST_QUERIES if served.is_packed else max(map(len, sequences))
+
+
+def _other_chunk(served: Served, sequences: Sequence[Sequence[int]]) -> int:
+    longest = max(map(len, sequences))
+    return longest if served.is_packed else max(1, longest // 2)

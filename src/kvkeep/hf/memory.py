@@ -1,0 +1,62 @@
+"""The memory of a model's K/V, and the attention that goes with it."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from kvkeep.arena import ArenaGroups, NativeWordRows
+from kvkeep.attention import AttentionBackend, GatherAttention, NativeAttention
+from kvkeep.hf.paged_model import Mode
+from kvkeep.native import Kernels
+from kvkeep.spec import KVSpec, LayerKind, words_can_hold
+
+__all__ = ["Memory", "allocate_memory", "kernels_can_serve"]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Arenas and the backend that writes and reads them."""
+
+    arenas: ArenaGroups
+    backend: AttentionBackend
+
+
+def kernels_can_serve(spec: KVSpec, device: torch.device) -> bool:
+    """Whether the CPU kernels can hold every group that has K/V."""
+    return device.type == "cpu" and all(
+        words_can_hold(group, spec.block_size)
+        for group in spec.groups
+        if group.kind is not LayerKind.RECURRENT
+    )
+
+
+def allocate_memory(
+    spec: KVSpec,
+    num_blocks: list[int],
+    *,
+    mode: Mode,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels | None,
+    poison: bool = False,
+) -> Memory:
+    """Arenas of `num_blocks` blocks a group; `kernels` is None where torch must do everything.
+
+    Words are what the kernels read and what quantised K/V need; rows are what torch reads fastest.
+    """
+    reads_pages = kernels is not None and mode in (Mode.NATIVE, Mode.HYBRID)
+    has_formats = any(group.formats for group in spec.groups)
+    arenas = ArenaGroups(
+        spec,
+        num_blocks,
+        dtype=dtype,
+        device=device,
+        poison=poison,
+        layout="words" if reads_pages or has_formats else "rows",
+        rows_of=None if kernels is None else partial(NativeWordRows, kernels),
+    )
+    if reads_pages:
+        assert kernels is not None
+        return Memory(arenas, NativeAttention(arenas, kernels))
+    return Memory(arenas, GatherAttention(arenas))

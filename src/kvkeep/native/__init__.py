@@ -1,0 +1,24 @@
+"""The compiled CPU kernels, seen from Python; the only place that knows ctypes.
+
+The kernels live in `native/` as a shared library with a plain C interface. They are optional: without a
+compiler kvkeep is installed without them, and `load_kernels` says why they are absent.
+"""
+
+from kvkeep.native.kernels import MOST_QUERIES, Kernels, load_kernels
+from kvkeep.native.library import KernelsAbsent
+from kvkeep.native.refs import ArenaRef, ItemsRef, SlotsRef, TermsRef
+from kvkeep.native.structs import Format, Isa, ReadKind
+
+__all__ = [
+    "MOST_QUERIES",
+    "ArenaRef",
+    "Format",
+    "Isa",
+    "ItemsRef",
+    "Kernels",
+    "KernelsAbsent",
+    "ReadKind",
+    "SlotsRef",
+    "TermsRef",
+    "load_kernels",
+]
