@@ -127,6 +127,7 @@ void run(const Attention &a, const KvkeepRows &q, const KvkeepRows &out,
   const int num_queries = static_cast<int>(a.plan->query_rows.size());
   const std::int64_t num_tasks = static_cast<std::int64_t>(a.plan->units.size()) * num_heads;
   // Neighbouring tasks go to one thread, as far as that leaves enough for all to end together.
+  // NOLINTNEXTLINE(clang-analyzer-deadcode.DeadStores): read by a pragma that the linter skips.
   const std::int64_t tasks_at_once =
       std::clamp<std::int64_t>(num_tasks / (8 * num_threads), 1, num_heads);
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
