@@ -12,12 +12,14 @@ import torch
 
 from benchmarks import run_all
 from benchmarks.harness import BenchmarkError, Paired, Result, Run, alternate
+from kvkeep.native import KernelsAbsent, load_kernels
 
 NAMES = sorted(
     path.stem
     for path in Path(run_all.__file__).parent.glob("*.py")
     if "Script(" in path.read_text(encoding="utf-8") and path.stem != "harness"
 )
+NEEDS_KERNELS = {"attention", "linear"}
 REQUIRED = {field.name for field in fields(Result)}
 
 
@@ -32,6 +34,9 @@ def _threads_as_before() -> Iterator[None]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_runs_and_writes_its_result(name: str, tmp_path: Path) -> None:
     """The script checks both sides, finds something, and its file says how it was made."""
+    kernels = load_kernels()
+    if name in NEEDS_KERNELS and isinstance(kernels, KernelsAbsent):
+        pytest.skip(f"no kernels: {kernels.reason}")
     with warnings.catch_warnings():
         # The other side's code is not ours to keep silent.
         warnings.simplefilter("default")
