@@ -60,6 +60,20 @@ class Case:
 class Step:
     """A case with its arena, written by plain torch; everything but what items read is poisoned."""
 
+    function = "attend"  # the kernel, with the dims of its queries and of its results
+
+    @staticmethod
+    def dims(spec: GroupSpec) -> tuple[int, int]:
+        """Of a query, and of a result."""
+        return spec.k_dim, spec.v_dim
+
+    def stored(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Keys and values [S, K, D] in fp64 as attention reads them."""
+        spec = self.case.spec
+        k_SW, v_SW = self.arena.read(LAYER, slots)
+        k_SKD = k_SW.double().view(-1, spec.k_heads, spec.k_dim)
+        return k_SKD, v_SW.double().view(-1, spec.v_heads, spec.v_dim)
+
     def __init__(self, case: Case, kernels: Kernels) -> None:
         torch.manual_seed(case.seed)
         self.case = case
@@ -88,7 +102,8 @@ class Step:
             self.items.append(Item(row, span, table, frozenset()))
         num_tokens = sum(len(span) for span in spans)
         num_heads = spec.k_heads * case.group_size
-        self.q_1HTD = torch.randn(1, num_heads, num_tokens, spec.k_dim).to(case.dtype)
+        q_dim = self.dims(spec)[0]
+        self.q_1HTD = torch.randn(1, num_heads, num_tokens, q_dim).to(case.dtype)
         self.terms = case.terms()
         self.backend = NativeAttention(arenas, kernels)
         self.ref: ArenaRef = native_arena(kernels, arena.storage, arena.layout)
@@ -105,9 +120,9 @@ class Step:
     def attend_directly(
         self, kernels: Kernels, items: list[Item], num_threads: int = 1, **terms: Tensor | None
     ) -> Tensor:
-        """What the kernels compute for some of the items, in their rows of [T, H, D of v]; else zero."""
+        """What the kernels compute for some of the items, in their rows of [T, H, D]; else zero."""
         q_THD = self.q_1HTD[0].transpose(0, 1)
-        out_THD = q_THD.new_zeros(*q_THD.shape[:2], self.case.spec.v_dim)
+        out_THD = q_THD.new_zeros(*q_THD.shape[:2], self.dims(self.case.spec)[1])
         alone = [replace(item, row=0) for item in items] if len(items) == 1 else items
         paged = self.backend.inputs(0, alone).paged
         assert paged is not None
@@ -118,7 +133,8 @@ class Step:
         )
         rows = slice(items[0].row, items[-1].row + len(items[-1].span))
         kernels.num_threads = num_threads
-        kernels.attend(self.ref, LAYER, paged.items, ref, q_THD[rows], out_THD[rows])
+        attend = getattr(kernels, self.function)
+        attend(self.ref, LAYER, paged.items, ref, q_THD[rows], out_THD[rows])
         return out_THD
 
     def error(self, found_THD: Tensor, alibi_slopes_H: Tensor | None = None) -> float:
@@ -141,9 +157,7 @@ class Step:
         spec, span = self.case.spec, item.span
         position_S = torch.arange(spec.first_needed(span.start), span.stop)
         slots = _slots(item.blocks, position_S, self.case.block_size)
-        k_SW, v_SW = self.arena.read(LAYER, slots)
-        k_SKD = k_SW.double().view(-1, spec.k_heads, spec.k_dim)
-        v_SKD = v_SW.double().view(-1, spec.v_heads, spec.v_dim)
+        k_SKD, v_SKD = self.stored(slots)
         q_HQD = self.q_1HTD[0, :, item.row : item.row + len(span)].double()
         q_KGQD = q_HQD.unflatten(0, (spec.k_heads, -1))
         scores_HQS = torch.einsum("kgqd,skd->kgqs", q_KGQD, k_SKD).flatten(0, 1)

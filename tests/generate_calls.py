@@ -1,17 +1,21 @@
 """Calls of transformers' generate() and of a model itself, the same for every cache."""
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvkeep.arena import ArenaGroups
 from kvkeep.cache import Receipt
+from kvkeep.codecs import codec_of
 from kvkeep.hf import generate_memory
 from kvkeep.hf.generate_cache import KeepCache
+from kvkeep.hf.geometry import measure_geometry
+from kvkeep.spec import KVFormat, with_format
 
 PAD_LENGTHS = (29, 17, 9)
 
@@ -58,6 +62,41 @@ def forward(model: PreTrainedModel, cache: Cache, ids_BT: Tensor, **options: Any
     """Logits of a forward without generate()."""
     logits: Tensor = model(input_ids=ids_BT, past_key_values=cache, **options).logits
     return logits
+
+
+def round_trip(kv_format: KVFormat, x_BKTD: Tensor) -> Tensor:
+    """What a format makes of each vector."""
+    codec = codec_of(kv_format)
+    encoded = codec.encode(x_BKTD.reshape(-1, x_BKTD.shape[-1]))
+    return codec.decode(encoded, x_BKTD.dtype).view(x_BKTD.shape)
+
+
+class RoundingCache(DynamicCache):
+    """transformers' own cache, with each vector as a format leaves it: the oracle of KeepCache's formats."""
+
+    def __init__(
+        self, model: PreTrainedModel, kv_format: str, exact_layers: Collection[int] = ()
+    ) -> None:
+        super().__init__(config=model.config)
+        plain = measure_geometry(model, 8).spec
+        spec = with_format(plain, kv_format, exact_layers=exact_layers)
+        self.formats = {
+            layer: group.formats[at]
+            for group in spec.groups
+            if group.formats
+            for at, layer in enumerate(group.layers)
+        }
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Round, then do as ever."""
+        own = self.formats.get(layer_idx)
+        if own is not None:
+            key_states = round_trip(own.k, key_states)
+            value_states = round_trip(own.v, value_states)
+        key, value = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return key, value
 
 
 def receipt_of(keep: KeepCache) -> Receipt:

@@ -20,7 +20,7 @@
 // dims becomes H(signs * x) / sqrt(m), H the Walsh-Hadamard matrix in natural order. Keys are rotated as they
 // come from the model (after RoPE); queries are rotated alike, and outputs are rotated back.
 //
-// block_size, k_dim and v_dim are multiples of 8.
+// block_size, k_dim and v_dim are multiples of 8, and k_dim and v_dim at most 2048.
 
 #ifndef KVKEEP_NATIVE_H
 #define KVKEEP_NATIVE_H
@@ -37,15 +37,22 @@
 extern "C" {
 #endif
 
-enum { KVKEEP_ABI = 1 };
+enum { KVKEEP_ABI = 2 };
 
 // Elements of the model's tensors, and of unquantised K/V.
 enum { KVKEEP_F32 = 0, KVKEEP_F16 = 1, KVKEEP_BF16 = 2 };
 // Formats of stored keys or values: the three above, and these.
 enum { KVKEEP_FP8 = 3, KVKEEP_INT8 = 4, KVKEEP_INT4 = 5 };
 
-// Instruction sets, each containing the ones before it.
-enum { KVKEEP_PORTABLE = 0, KVKEEP_AVX2 = 1, KVKEEP_AVX512 = 2, KVKEEP_AVX512_BF16 = 3 };
+// Instruction sets, each containing the ones before it. AMX is used only where it is asked for: it has not
+// been measured on a processor yet.
+enum {
+  KVKEEP_PORTABLE = 0,
+  KVKEEP_AVX2 = 1,
+  KVKEEP_AVX512 = 2,
+  KVKEEP_AVX512_BF16 = 3,
+  KVKEEP_AMX = 4
+};
 
 // What a function returns.
 enum {
@@ -115,7 +122,7 @@ typedef struct {
 
 KVKEEP_EXPORT int32_t kvkeep_abi(void);
 
-// The best instruction set that this machine runs.
+// The best instruction set that this machine runs, of those before AMX.
 KVKEEP_EXPORT int32_t kvkeep_best_isa(void);
 
 // Use an instruction set no better than `isa` from now on; returns the one in use.
@@ -144,6 +151,14 @@ KVKEEP_EXPORT int32_t kvkeep_attend(const KvkeepArena *arena, int32_t layer,
                                     const KvkeepItems *items, const KvkeepTerms *terms,
                                     int32_t num_heads, const KvkeepRows *q, const KvkeepRows *out,
                                     int32_t num_threads);
+
+// The same where K/V are latents (MLA, absorbed): one kv head, whose keys are latents and whose values are the
+// rotated part of the keys. Rows of q are [k_dim + v_dim], and what is summed up are the latents: rows of `out`
+// are [k_dim].
+KVKEEP_EXPORT int32_t kvkeep_attend_latent(const KvkeepArena *arena, int32_t layer,
+                                           const KvkeepItems *items, const KvkeepTerms *terms,
+                                           int32_t num_heads, const KvkeepRows *q,
+                                           const KvkeepRows *out, int32_t num_threads);
 
 // out[m][n] = sum_k x[m][k] * weight[n][k] + bias[n], all bf16, rows contiguous, sums in float; bias may be
 // null, 1 <= num_rows <= 16.

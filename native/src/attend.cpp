@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "attend_latent.h"
 #include "generic/numbers.h"
 #include "items.h"
 #include "tiles.h"
@@ -55,10 +56,11 @@ struct Kept {
 
 std::size_t lines(std::size_t num_bytes) { return (num_bytes + 63) / 64 * 64; }
 
-const std::uint8_t *row_begin(const KvkeepRows &rows, std::int64_t row, std::int64_t head) {
-  const std::size_t item_bytes = rows.dtype == KVKEEP_F32 ? 4 : 2;
+const std::uint8_t *row_begin(const KvkeepRows &rows, std::int64_t row, std::int64_t head,
+                              std::int64_t dim = 0) {
+  const std::int64_t item_bytes = rows.dtype == KVKEEP_F32 ? 4 : 2;
   return static_cast<const std::uint8_t *>(rows.data) +
-         (row * rows.row_stride + head * rows.head_stride) * static_cast<std::int64_t>(item_bytes);
+         (row * rows.row_stride + head * rows.head_stride + dim) * item_bytes;
 }
 
 void prepare_query(const Attention &a, const KvkeepRows &q, int kv_head, int query, float *x) {
@@ -69,12 +71,18 @@ void prepare_query(const Attention &a, const KvkeepRows &q, int kv_head, int que
     Numbers<Isa>::load(row_begin(q, a.plan->query_rows[query], kv_head * a.group_size + g), q.dtype,
                        k_dim, x);
     a.keys->prepare_query(x, k_dim, a.arena->k_signs, a.is_bf16, a.queries + to * a.query_bytes);
+    if (!a.is_latent) continue;
+    const int v_dim = a.arena->v_dim;
+    Numbers<Isa>::load(row_begin(q, a.plan->query_rows[query], kv_head * a.group_size + g, k_dim),
+                       q.dtype, v_dim, x);
+    a.latent.rotated_keys->prepare_query(x, v_dim, nullptr, a.is_bf16,
+                                         a.latent.queries + to * a.latent.query_bytes);
   }
 }
 
 // Sums what the units of an item found for one of its rows, in place; returns it.
 float *merge_row(const Attention &a, int item, int kv_head, int query, int g) {
-  const int v_dim = a.arena->v_dim;
+  const int dim = a.out_dim;
   const Part *parts = a.plan->parts.data() + a.plan->item_parts[item];
   const int num_parts = a.plan->item_parts[item + 1] - a.plan->item_parts[item];
   const auto partial = [&](int i) {
@@ -91,17 +99,17 @@ float *merge_row(const Attention &a, int item, int kv_head, int query, int g) {
   float most = sink;
   for (int i = 0; i < num_parts; ++i) most = std::max(most, a.most[partial(i)]);
   float total = sink == -INFINITY ? 0 : std::exp2(sink - most);
-  float *out = a.acc + partial(0) * v_dim;
+  float *out = a.acc + partial(0) * dim;
   for (int i = 0; i < num_parts; ++i) {
     const std::int64_t row = partial(i);
     const float weight = a.totals[row] == 0 ? 0 : std::exp2(a.most[row] - most);
-    const float *acc = a.acc + row * v_dim;
+    const float *acc = a.acc + row * dim;
     total += weight * a.totals[row];
-    for (int d = 0; d < v_dim; ++d) out[d] = (i == 0 ? 0 : out[d]) + weight * acc[d];
+    for (int d = 0; d < dim; ++d) out[d] = (i == 0 ? 0 : out[d]) + weight * acc[d];
   }
-  a.values->finish(out, v_dim, a.arena->v_signs);
+  a.values->finish(out, dim, a.arena->v_signs);
   const float scale = total == 0 ? 0 : 1 / total;
-  for (int d = 0; d < v_dim; ++d) out[d] *= scale;
+  for (int d = 0; d < dim; ++d) out[d] *= scale;
   return out;
 }
 
@@ -111,7 +119,7 @@ void merge_item(const Attention &a, const KvkeepRows &out, int item, int kv_head
       const float *x = merge_row(a, item, kv_head, i, g);
       auto *row = const_cast<std::uint8_t *>(
           row_begin(out, a.items->rows[item] + i, kv_head * a.group_size + g));
-      Numbers<Isa>::store(x, out.dtype, a.arena->v_dim, row);
+      Numbers<Isa>::store(x, out.dtype, a.out_dim, row);
     }
   }
 }
@@ -145,8 +153,11 @@ void run(const Attention &a, const KvkeepRows &q, const KvkeepRows &out,
     for (int item = 0; item < a.items->num_items; ++item) {
       for (int head = 0; head < num_heads; ++head) merge_item(a, out, item, head);
     }
+    a.ops->end_thread();
   }
 }
+
+bool is_dim(int dim) { return dim > 0 && dim % 8 == 0 && dim <= kMaxDim; }
 
 bool is_float(int dtype) { return dtype >= KVKEEP_F32 && dtype <= KVKEEP_BF16; }
 
@@ -158,10 +169,9 @@ bool is_known(const KvkeepArena &arena, int layer, int num_heads, const KvkeepRo
   }
   const int k_format = arena.k_formats[layer];
   const int v_format = arena.v_formats[layer];
-  return arena.block_size > 0 && arena.block_size % 8 == 0 && arena.k_dim > 0 &&
-         arena.k_dim % 8 == 0 && arena.v_dim > 0 && arena.v_dim % 8 == 0 && k_format >= 0 &&
-         k_format < kNumFormats && v_format >= 0 && v_format < kNumFormats && is_float(q.dtype) &&
-         q.dtype == out.dtype;
+  return arena.block_size > 0 && arena.block_size % 8 == 0 && is_dim(arena.k_dim) &&
+         is_dim(arena.v_dim) && k_format >= 0 && k_format < kNumFormats && v_format >= 0 &&
+         v_format < kNumFormats && is_float(q.dtype) && q.dtype == out.dtype;
 }
 
 Attention attention_of(const KvkeepArena &arena, int layer, const KvkeepItems &items,
@@ -182,7 +192,19 @@ Attention attention_of(const KvkeepArena &arena, int layer, const KvkeepItems &i
   a.group_size = num_heads / arena.num_kv_heads;
   a.is_bf16 = dtype == KVKEEP_BF16;
   a.query_bytes = a.keys->query_bytes(arena.k_dim);
+  a.out_dim = arena.v_dim;
   return a;
+}
+
+// Latents are decoded to floats once for all query heads, of which MLA has many.
+void read_latents(Attention &a, int layer) {
+  a.is_latent = true;
+  a.out_dim = a.arena->k_dim;
+  a.values = &a.ops->values[KVKEEP_F32];
+  a.latent.rotated_keys = &a.ops->keys[KVKEEP_F32];
+  a.latent.latent_codec = &a.ops->key_codecs[a.arena->k_formats[layer]];
+  a.latent.rotated_codec = &a.ops->value_codecs[a.arena->v_formats[layer]];
+  a.latent.query_bytes = a.latent.rotated_keys->query_bytes(a.arena->v_dim);
 }
 
 // Divides scratch memory; returns what is left for the threads, or nullptr.
@@ -190,15 +212,42 @@ std::uint8_t *take_scratch(Attention &a, Scratch &scratch, std::size_t thread_by
   const std::size_t num_heads = a.arena->num_kv_heads * static_cast<std::size_t>(a.group_size);
   const std::size_t num_partials = a.plan->num_unit_queries * num_heads;
   const std::size_t row_bytes = lines(num_partials * sizeof(float));
-  const std::size_t acc_bytes = lines(num_partials * a.arena->v_dim * sizeof(float));
-  const std::size_t query_bytes = a.plan->query_rows.size() * num_heads * a.query_bytes;
-  std::uint8_t *p = scratch.reserve(query_bytes + acc_bytes + 2 * row_bytes + thread_bytes);
+  const std::size_t acc_bytes = lines(num_partials * a.out_dim * sizeof(float));
+  const std::size_t num_queries = a.plan->query_rows.size() * num_heads;
+  const std::size_t query_bytes = num_queries * a.query_bytes;
+  const std::size_t rotated_bytes = num_queries * a.latent.query_bytes;
+  std::uint8_t *p =
+      scratch.reserve(query_bytes + rotated_bytes + acc_bytes + 2 * row_bytes + thread_bytes);
   if (p == nullptr) return nullptr;
   a.queries = p;
-  a.acc = reinterpret_cast<float *>(p + query_bytes);
-  a.most = reinterpret_cast<float *>(p + query_bytes + acc_bytes);
-  a.totals = reinterpret_cast<float *>(p + query_bytes + acc_bytes + row_bytes);
-  return p + query_bytes + acc_bytes + 2 * row_bytes;
+  a.latent.queries = p += query_bytes;
+  a.acc = reinterpret_cast<float *>(p += rotated_bytes);
+  a.most = reinterpret_cast<float *>(p += acc_bytes);
+  a.totals = reinterpret_cast<float *>(p += row_bytes);
+  return p + row_bytes;
+}
+
+// Attention of known arguments.
+int32_t attend(Attention &a, Kept &kept, const KvkeepRows &q, const KvkeepRows &out,
+               int num_threads) {
+  const int block_size = a.arena->block_size;
+  a.chunk = (kChunk + block_size - 1) / block_size * block_size;
+  try {
+    plan_units(*a.items, block_size, a.chunk, std::max(kMostQueries, kMostRows / a.group_size),
+               kept.plan);
+  } catch (const std::bad_alloc &) {
+    return KVKEEP_NO_MEMORY;
+  }
+  const std::size_t num_rows = static_cast<std::size_t>(kept.plan.most_unit_queries) * a.group_size;
+  a.num_scores = std::max<std::size_t>(num_rows * score_stride(a.chunk),
+                                       std::max(a.arena->k_dim, a.arena->v_dim));
+  const std::size_t num_floats =
+      a.num_scores + (a.is_latent ? LatentBlock::num_floats(a, num_rows) : 0);
+  const std::size_t thread_bytes = lines(num_floats * sizeof(float));
+  std::uint8_t *memory = take_scratch(a, kept.scratch, thread_bytes * num_threads);
+  if (memory == nullptr) return KVKEEP_NO_MEMORY;
+  run(a, q, out, memory, thread_bytes, num_threads);
+  return KVKEEP_OK;
 }
 
 }  // namespace
@@ -212,19 +261,20 @@ extern "C" int32_t kvkeep_attend(const KvkeepArena *arena, int32_t layer, const 
   if (items->num_items < 1) return KVKEEP_OK;
   static thread_local Kept kept;
   Attention a = attention_of(*arena, layer, *items, *terms, num_heads, q->dtype, kept.plan);
-  a.chunk = (kChunk + arena->block_size - 1) / arena->block_size * arena->block_size;
-  try {
-    plan_units(*items, arena->block_size, a.chunk, std::max(kMostQueries, kMostRows / a.group_size),
-               kept.plan);
-  } catch (const std::bad_alloc &) {
-    return KVKEEP_NO_MEMORY;
+  return attend(a, kept, *q, *out, num_threads);
+}
+
+extern "C" int32_t kvkeep_attend_latent(const KvkeepArena *arena, int32_t layer,
+                                        const KvkeepItems *items, const KvkeepTerms *terms,
+                                        int32_t num_heads, const KvkeepRows *q,
+                                        const KvkeepRows *out, int32_t num_threads) {
+  using namespace kvkeep;
+  if (arena->num_kv_heads != 1 || !is_known(*arena, layer, num_heads, *q, *out, num_threads)) {
+    return KVKEEP_BAD_ARGUMENT;
   }
-  const std::size_t num_scores =
-      static_cast<std::size_t>(kept.plan.most_unit_queries) * a.group_size * score_stride(a.chunk);
-  const std::size_t thread_bytes =
-      lines(std::max<std::size_t>(num_scores, arena->k_dim) * sizeof(float));
-  std::uint8_t *memory = take_scratch(a, kept.scratch, thread_bytes * num_threads);
-  if (memory == nullptr) return KVKEEP_NO_MEMORY;
-  run(a, *q, *out, memory, thread_bytes, num_threads);
-  return KVKEEP_OK;
+  if (items->num_items < 1) return KVKEEP_OK;
+  static thread_local Kept kept;
+  Attention a = attention_of(*arena, layer, *items, *terms, num_heads, q->dtype, kept.plan);
+  read_latents(a, layer);
+  return attend(a, kept, *q, *out, num_threads);
 }

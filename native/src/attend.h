@@ -46,6 +46,16 @@ struct Plan {
 // has at most `most_queries` queries.
 void plan_units(const KvkeepItems &items, int block_size, int chunk, int most_queries, Plan &plan);
 
+// MLA: what lies as keys are latents, read as keys and as values; what lies as values are the rotated dims, which
+// go on where the dims of the latents end.
+struct Latent {
+  const KeyOps *rotated_keys;  // of floats, like `values`
+  const CodecOps *latent_codec;
+  const CodecOps *rotated_codec;
+  std::uint8_t *queries;  // the rotated dims of prepared queries
+  std::size_t query_bytes;
+};
+
 // One call: what is read, and scratch memory. With G query heads for each of H kv heads, rows of scratch are
 // [H][queries of all items][G] of `queries`, and for each unit [H][its queries][G] of the partial results.
 struct Attention {
@@ -61,11 +71,15 @@ struct Attention {
   std::size_t value_tile_bytes;
   int group_size;  // G
   int chunk;
+  int out_dim;  // of the values that are summed up
   bool is_bf16;
+  bool is_latent;
+  Latent latent;           // if so
+  std::size_t num_scores;  // that a thread has room for
 
   std::uint8_t *queries;
   std::size_t query_bytes;
-  float *acc;     // [v_dim] a row: sum of 2^(score - most) * value
+  float *acc;     // [out_dim] a row: sum of 2^(score - most) * value
   float *most;    // the largest score; scores are counted in powers of two from the softmax on
   float *totals;  // sum of 2^(score - most)
 
@@ -85,9 +99,9 @@ struct Task {
   int kv_head;
 };
 
-// Partial results of a task; `scores` holds a row for each query and query head of the unit. What `next` reads
-// first is prefetched.
-void compute_task(const Attention &attention, const Task &task, const Task &next, float *scores);
+// Partial results of a task. Of a thread's memory the first `num_scores` floats are a row for each query and query
+// head of the unit. What `next` reads first is prefetched.
+void compute_task(const Attention &attention, const Task &task, const Task &next, float *memory);
 
 }  // namespace kvkeep
 

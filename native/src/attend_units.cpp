@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "attend.h"
+#include "attend_latent.h"
 #include "items.h"
 
 namespace kvkeep {
@@ -13,7 +14,7 @@ constexpr float kLog2OfE = 1.44269504f;
 // A task while it is computed.
 class TaskRun {
  public:
-  TaskRun(const Attention &attention, const Task &task, float *scores)
+  TaskRun(const Attention &attention, const Task &task, float *memory)
       : a_(attention),
         unit_(*task.unit),
         kv_head_(task.kv_head),
@@ -22,7 +23,8 @@ class TaskRun {
         num_blocks_((unit_.last - 1) / block_size_ - first_block_ + 1),
         num_rows_(unit_.num_queries * attention.group_size),
         stride_(score_stride(attention.chunk)),
-        scores_(scores) {}
+        scores_(memory),
+        latents_(attention, memory + attention.num_scores) {}
 
   const std::uint8_t *first_tile() const { return key_tile(0); }
 
@@ -30,6 +32,7 @@ class TaskRun {
   void score() {
     for (int i = 0; i < num_blocks_; ++i) {
       const std::uint8_t *next = i + 1 < num_blocks_ ? key_tile(i + 1) : value_tile(0);
+      if (a_.is_latent) latents_.read_rotated(value_tile(i));
       for (int part = unit_.first_part; part >= 0;) {
         part = score_items(i, part, part == unit_.first_part ? next - key_tile(i) : 0);
       }
@@ -50,16 +53,17 @@ class TaskRun {
   }
 
   void accumulate(const std::uint8_t *tile_after) {
-    const int v_dim = a_.arena->v_dim;
-    float *acc = a_.acc + a_.partial_row(unit_, kv_head_, 0) * v_dim;
-    std::fill_n(acc, static_cast<std::size_t>(num_rows_) * v_dim, 0.0f);
+    const int dim = a_.out_dim;
+    float *acc = a_.acc + a_.partial_row(unit_, kv_head_, 0) * dim;
+    std::fill_n(acc, static_cast<std::size_t>(num_rows_) * dim, 0.0f);
     for (int i = 0; i < num_blocks_; ++i) {
+      const std::uint8_t *tile = a_.is_latent ? latents_.read_latents(key_tile(i)) : value_tile(i);
       const std::uint8_t *next = i + 1 < num_blocks_ ? value_tile(i + 1) : tile_after;
       const int position = (first_block_ + i) * block_size_;
-      a_.values->accumulate(value_tile(i), block_size_, v_dim, scores_ + position - unit_.begin,
-                            stride_, num_rows_, std::max(unit_.first - position, 0),
+      a_.values->accumulate(tile, block_size_, dim, scores_ + position - unit_.begin, stride_,
+                            num_rows_, std::max(unit_.first - position, 0),
                             std::min(unit_.last - position, block_size_), a_.is_bf16, acc,
-                            next - value_tile(i));
+                            a_.is_latent ? 0 : next - tile);
     }
   }
 
@@ -90,9 +94,10 @@ class TaskRun {
         a_.group_size;
     const int column = (first_block_ + i) * block_size_ - unit_.begin;
     const std::size_t score_row = static_cast<std::size_t>(parts[part].first_query) * a_.group_size;
+    float *scores = scores_ + score_row * stride_ + column;
     a_.keys->score(key_tile(i), block_size_, a_.arena->k_dim, a_.queries + row * a_.query_bytes,
-                   num_queries * a_.group_size, scores_ + score_row * stride_ + column, stride_,
-                   ahead);
+                   num_queries * a_.group_size, scores, stride_, ahead);
+    if (a_.is_latent) latents_.add_scores(row, num_queries * a_.group_size, scores, stride_);
     return parts[last].next;
   }
 
@@ -143,15 +148,16 @@ class TaskRun {
   const int num_rows_;
   const int stride_;
   float *const scores_;
+  LatentBlock latents_;
 };
 
 }  // namespace
 
-void compute_task(const Attention &attention, const Task &task, const Task &next, float *scores) {
-  TaskRun run(attention, task, scores);
+void compute_task(const Attention &attention, const Task &task, const Task &next, float *memory) {
+  TaskRun run(attention, task, memory);
   run.score();
   run.soften();
-  run.accumulate(TaskRun(attention, next, scores).first_tile());
+  run.accumulate(TaskRun(attention, next, memory).first_tile());
 }
 
 }  // namespace kvkeep

@@ -1,9 +1,15 @@
 // Which instruction set is used.
 
+#include <algorithm>
 #include <atomic>
 
 #include "kvkeep_native.h"
 #include "ops.h"
+
+#if defined(KVKEEP_HAS_AMX) && defined(__linux__) && !defined(KVKEEP_EMULATE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace kvkeep {
 namespace {
@@ -26,6 +32,20 @@ int best_isa() {
 #endif
 }
 
+// Whether AMX can be used, too: the processor has it, the operating system keeps its registers (the builtin
+// sees both) and lets this process use them, for which Linux wants to be asked.
+bool request_amx() {
+#if defined(KVKEEP_HAS_AMX) && defined(KVKEEP_EMULATE_AMX)
+  return true;
+#elif defined(KVKEEP_HAS_AMX) && defined(SYS_arch_prctl)
+  if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16")) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 // The tables of what this machine runs, filled once.
 struct Tables {
   Tables() : best(best_isa()), isa(best) {
@@ -35,9 +55,12 @@ struct Tables {
     if (best >= KVKEEP_AVX512) fill_avx512(tables[KVKEEP_AVX512]);
     if (best >= KVKEEP_AVX512_BF16) fill_avx512_bf16(tables[KVKEEP_AVX512_BF16]);
 #endif
+#if defined(KVKEEP_HAS_AMX)
+    if (best >= KVKEEP_AVX512_BF16) fill_amx(tables[KVKEEP_AMX]);
+#endif
   }
 
-  Ops tables[KVKEEP_AVX512_BF16 + 1];
+  Ops tables[KVKEEP_AMX + 1];
   const int best;
   std::atomic<int> isa;
 };
@@ -45,6 +68,16 @@ struct Tables {
 Tables &tables() {
   static Tables all;
   return all;
+}
+
+// What is used where `isa` is asked for.
+int usable_isa(int isa) {
+  const int best = tables().best;
+  if (isa >= KVKEEP_AMX && best == KVKEEP_AVX512_BF16) {
+    static const bool has_amx = request_amx();
+    if (has_amx) return KVKEEP_AMX;
+  }
+  return std::clamp<int>(isa, KVKEEP_PORTABLE, best);
 }
 
 }  // namespace
@@ -60,8 +93,7 @@ int32_t kvkeep_abi(void) { return KVKEEP_ABI; }
 int32_t kvkeep_best_isa(void) { return kvkeep::tables().best; }
 
 int32_t kvkeep_use_isa(int32_t isa) {
-  const int best = kvkeep::tables().best;
-  const int used = isa < KVKEEP_PORTABLE ? KVKEEP_PORTABLE : isa < best ? isa : best;
+  const int used = kvkeep::usable_isa(isa);
   kvkeep::tables().isa.store(used, std::memory_order_relaxed);
   return used;
 }

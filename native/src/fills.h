@@ -24,6 +24,8 @@ void fill_quantised_tiles_avx2(Ops &ops);
 void fill_quantised_tiles_avx512(Ops &ops);
 void fill_quantised_tiles_avx512_bf16(Ops &ops);
 
+void fill_bf16_tiles_amx(Ops &ops);
+
 }  // namespace kvkeep
 
 #endif

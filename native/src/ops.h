@@ -79,6 +79,9 @@ struct Ops {
   void (*linear)(const std::uint16_t *weight, const std::uint16_t *bias, const std::uint16_t *x,
                  std::uint16_t *out, std::int64_t first_output, std::int64_t last_output,
                  std::int64_t num_outputs, std::int64_t num_inputs, int num_rows);
+  // Gives back what functions on tiles have set up in the processor; called by each thread of a call after
+  // its last one.
+  void (*end_thread)();
 };
 
 // Each is filled in by the file of its instruction set, starting from the table of the one before it.
@@ -86,6 +89,7 @@ void fill_portable(Ops &ops);
 void fill_avx2(Ops &ops);
 void fill_avx512(Ops &ops);
 void fill_avx512_bf16(Ops &ops);
+void fill_amx(Ops &ops);
 
 // The table in use.
 const Ops &ops();

@@ -105,17 +105,22 @@ class Rows {
   std::vector<std::uint8_t> bytes_;
 };
 
+// Which formats are drawn from.
+struct Formats {
+  int first = KVKEEP_F32, last = KVKEEP_INT4;
+};
+
 // The arena of one group, all bytes 0xff: NaN in every format that has one.
 struct Arena {
-  explicit Arena(Random &random) {
+  Arena(Random &random, const Formats &formats) {
     view.block_size = 8 * random.between(1, 6);
     view.num_layers = random.between(1, 3);
     view.num_kv_heads = random.between(1, 3);
     view.k_dim = 8 * random.one_of({1, 2, 3, 5, 8, 9, 10, 12, 16, 24, 32});
     view.v_dim = random.between(0, 1) ? view.k_dim : 8 * random.between(1, 16);
     for (int layer = 0; layer < view.num_layers; ++layer) {
-      k_formats.push_back(random.between(KVKEEP_F32, KVKEEP_INT4));
-      v_formats.push_back(random.between(KVKEEP_F32, KVKEEP_INT4));
+      k_formats.push_back(random.between(formats.first, formats.last));
+      v_formats.push_back(random.between(formats.first, formats.last));
       layer_offsets.push_back(view.block_bytes);
       view.block_bytes +=
           view.num_kv_heads * (tile_bytes(k_formats.back(), view.block_size, view.k_dim) +

@@ -127,8 +127,9 @@ class GroupSpec:
     """Layers that share shape and lifetime rule; each group has an arena of its own.
 
     `k_heads * k_dim` and `v_heads * v_dim` are the elements a token stores per layer. MLA models store a
-    latent as "keys" and the rotated part as "values", so the two widths may differ. A recurrent group
-    has one state per block in place of tokens: `state_bytes`, and no widths.
+    latent as "keys" and the rotated part as "values", which `is_latent` says: then the two widths differ, and
+    the rotated part is never quantised. A recurrent group has one state per block in place of tokens:
+    `state_bytes`, and no widths.
 
     `formats` has one entry a layer; without any, K/V are stored as the model computes them, `itemsize` bytes
     an element.
@@ -142,6 +143,7 @@ class GroupSpec:
     k_dim: int = 0
     v_heads: int = 0
     v_dim: int = 0
+    is_latent: bool = False
     itemsize: int = 0
     state_bytes: int = 0
     formats: tuple[LayerFormat, ...] = ()
@@ -252,8 +254,9 @@ def with_format(spec: KVSpec, name: str, *, exact_layers: Collection[int] = ()) 
     """`spec` with K/V stored as `name` says, one of FORMAT_NAMES; "auto" is as the model computes them.
 
     So do the model's layers of `exact_layers` stay, and groups whose keys and values differ in heads, where
-    others can have the format; recurrent groups have none. Raises ConfigError for an unknown name, for a
-    layer that keeps no K/V, and for shapes that the format cannot hold.
+    others can have the format; recurrent groups have none. Of MLA groups a quantised format is that of the
+    latent, the rotated part stays as computed. Raises ConfigError for an unknown name, for a layer that keeps
+    no K/V, and for shapes that the format cannot hold.
     """
     check_format_name(name)
     _check_exact_layers(spec, exact_layers)
@@ -269,7 +272,8 @@ def with_format(spec: KVSpec, name: str, *, exact_layers: Collection[int] = ()) 
     wanted, as_computed = _NAME_TO_LAYER_FORMAT[full_name], _as_computed(spec)
     groups = []
     for group in plain.groups:
-        formats = tuple(as_computed if at in exact_layers else wanted for at in group.layers)
+        own = _format_of(group, wanted, as_computed)
+        formats = tuple(as_computed if at in exact_layers else own for at in group.layers)
         if _may_have_format(group) and set(formats) != {as_computed}:
             _check_shape(name, group, spec.block_size)
             groups.append(replace(group, formats=formats))
@@ -289,6 +293,13 @@ def _as_computed(spec: KVSpec) -> LayerFormat:
             f"dtype={spec.dtype!r} has no KV format; load the model in float32, bfloat16 or float16"
         )
     return _NAME_TO_LAYER_FORMAT[spec.dtype]
+
+
+def _format_of(group: GroupSpec, wanted: LayerFormat, as_computed: LayerFormat) -> LayerFormat:
+    if group.is_latent and wanted.v.is_quantised:
+        # A ninth of the bytes in DeepSeek's models, and every head reads its error.
+        return LayerFormat(wanted.k, as_computed.v)
+    return wanted
 
 
 def _may_have_format(group: GroupSpec) -> bool:

@@ -34,6 +34,14 @@ def served(name: str, mode: Mode, kernels: Kernels | None = None) -> Served:
     return Served(model, measure_geometry(model, BLOCK_SIZE), mode, kernels)
 
 
+def kernels_for(mode: Mode) -> Kernels | None:
+    """The kernels, if there are any; skips where the mode is nothing without them."""
+    found = load_kernels()
+    if mode is Mode.LATENT and not isinstance(found, Kernels):
+        pytest.skip("the compiled kernels are not installed")
+    return found if isinstance(found, Kernels) else None
+
+
 def biased_model(*layers: int) -> PreTrainedModel:
     """A tiny Qwen2 of four layers, some of which have key biases that dwarf the rest of a key."""
     model = build_tiny("qwen2", changes={"num_hidden_layers": 4})
@@ -57,6 +65,7 @@ def settings(**options: Any) -> EngineSettings:
     [
         ("llama", Mode.NATIVE),
         ("gemma3", Mode.NATIVE),
+        ("deepseek_v3", Mode.LATENT),
         ("deepseek_v3", Mode.GATHER),
         ("lfm2", Mode.HYBRID),
         ("falcon", Mode.DENSE),
@@ -64,8 +73,7 @@ def settings(**options: Any) -> EngineSettings:
 )
 def test_logits_behind_every_token_are_the_models_own(name: str, mode: Mode, chunk: int) -> None:
     """In every mode and in any spans, through kernels where there are some."""
-    found = load_kernels()
-    one = served(name, mode, found if isinstance(found, Kernels) else None)
+    one = served(name, mode, kernels_for(mode))
 
     logits_TV = trial_logits(one, SEQUENCES, chunk=chunk)
 
@@ -260,13 +268,19 @@ def test_the_most_damaged_layer_comes_first(layer: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("gemma3", Mode.NATIVE), ("deepseek_v3", Mode.GATHER), ("lfm2", Mode.HYBRID)]
+    ("name", "mode"),
+    [
+        ("gemma3", Mode.NATIVE),
+        ("deepseek_v3", Mode.LATENT),
+        ("deepseek_v3", Mode.GATHER),
+        ("lfm2", Mode.HYBRID),
+    ],
 )
 def test_every_mode_can_rank_its_layers(
     name: str, mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All layers that have the format are ranked, and only they are candidates."""
-    one = served(name, mode)
+    one = served(name, mode, kernels_for(mode) if mode is Mode.LATENT else None)
     monkeypatch.setattr(format_probe, "_LIMIT", 0.0)
 
     basis = measure_basis(one)

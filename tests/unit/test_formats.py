@@ -187,6 +187,43 @@ def test_groups_whose_heads_differ_stay_beside_others() -> None:
     assert with_format(kv_spec(latent), "auto") == kv_spec(latent)
 
 
+def latent_spec(*layers: int) -> GroupSpec:
+    """MLA layers of DeepSeek's sizes."""
+    return group_spec(*layers, k_heads=1, k_dim=512, v_heads=1, v_dim=64, is_latent=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "token_bytes"),
+    [
+        ("auto", "bfloat16", 1024 + 128),
+        ("fp8", "fp8+bfloat16/1", 512 + 4 + 128),
+        ("int8", "int8+bfloat16/1", 512 + 4 + 128),
+        ("int4", "int4+bfloat16/1", 256 + 4 + 128),
+        ("k8v4", "int8+bfloat16/1", 512 + 4 + 128),
+        ("float32", "float32", 2048 + 256),
+    ],
+)
+def test_only_the_latent_of_mla_is_quantised(name: str, text: str, token_bytes: int) -> None:
+    """The rotated part stays as computed, in bytes and in the name; other floats are for both."""
+    spec = with_format(kv_spec(latent_spec(0, 1)), name)
+
+    assert spec.kv_format == text
+    assert spec.bytes_per_token == 2 * token_bytes
+    assert with_format(kv_spec(latent_spec(0, 1)), name, exact_layers=(0, 1)).bytes_per_token == (
+        2 * 1152
+    )
+
+
+def test_latents_and_other_layers_are_told_apart() -> None:
+    """In a model that has both, each has its own, and the name says so."""
+    spec = kv_spec(latent_spec(0, 1), group_spec(2, 3, 4))
+
+    assert with_format(spec, "int4").kv_format == "int4/1;0,1=int4+bfloat16/1"
+    assert with_format(spec, "int4", exact_layers=(0, 2)).kv_format == (
+        "int4/1;0,2=bfloat16;1=int4+bfloat16/1"
+    )
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -98,6 +98,38 @@ def test_groups_are_read_from_the_model(name: str, expected: list[tuple[Any, ...
     assert all((g.state_bytes > 0) == (g.kind is LayerKind.RECURRENT) for g in groups)
 
 
+def test_latents_are_known_by_their_shape() -> None:
+    """One head as wide as the config's rank; one head alone is multi-query attention."""
+    (latent,) = measure_geometry(build_tiny("deepseek_v3"), 8).spec.groups
+    wider = build_tiny("deepseek_v3", changes={"kv_lora_rank": 24, "qk_rope_head_dim": 24})
+    (as_wide,) = measure_geometry(wider, 8).spec.groups
+    others = [
+        group
+        for name in ("llama", "falcon_alibi", "lfm2")
+        for group in measure_geometry(build_tiny(name), 8).spec.groups
+    ]
+
+    assert latent.is_latent
+    assert (as_wide.is_latent, as_wide.k_dim, as_wide.v_dim) == (True, 24, 24)
+    assert not any(group.is_latent for group in others)
+
+
+@pytest.mark.parametrize("kv_format", ["auto", "int8", "int4", "float16"])
+def test_the_bytes_of_latents_are_those_allocated(kv_format: str) -> None:
+    """What the spec counts is what the arena takes, and the namespace says what is in it."""
+    chosen = settings(kv_format=kv_format, kv_exact_layers=(), capacity="300KB", self_test=False)
+    installed = install(build_tiny("deepseek_v3"), chosen)
+    spec = installed.geometry.spec
+
+    (arena,) = installed.arenas.arenas.values()
+    assert arena.num_bytes == arena.num_blocks * 8 * spec.bytes_per_token
+    assert installed.namespace.kv_format == spec.kv_format
+    # Three layers of a latent of 16 and a rotated part of 8, in float32.
+    assert spec.bytes_per_token == 3 * {
+        "auto": 96, "int8": 16 + 4 + 32, "int4": 8 + 4 + 32, "float16": 48
+    }[kv_format]  # fmt: skip
+
+
 def test_the_namespace_tells_models_apart() -> None:
     """Other weights, another number type or block size: another namespace; the same again: the same."""
     off = {"self_test": False}

@@ -1,10 +1,11 @@
 """Linear layers with few rows: who computes them and when, and that a model is otherwise as it was.
 
-Legend: B, T leading dims of x, M its rows, N outputs, K inputs.
+Legend: B, T leading dims of x, M its rows, X any leading dims, N outputs, K inputs.
 """
 
 import copy
 import io
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,10 +17,17 @@ from torch import Tensor, nn
 from kvkeep.config import CacheOptions, EngineSettings, SamplingParams
 from kvkeep.engine import Engine
 from kvkeep.hf import linear, linear_trial
-from kvkeep.hf.hooks import installed
+from kvkeep.hf.hooks import installed, running
 from kvkeep.hf.install import install
-from kvkeep.hf.linear import LinearChoice, PagedLinear, install_linears, uninstall_linears
+from kvkeep.hf.linear import (
+    LinearChoice,
+    LinearTrials,
+    PagedLinear,
+    install_linears,
+    uninstall_linears,
+)
 from kvkeep.hf.linear_trial import try_layers
+from kvkeep.hf.paged_model import Mode
 from kvkeep.native import Kernels, KernelsAbsent, load_kernels
 from kvkeep.testing.oracle import logits_at_all_positions
 from kvkeep.testing.tiny_models import build_tiny
@@ -41,12 +49,12 @@ class Recorder:
         raise TypeError("a library cannot be copied")
 
     def linear(
-        self, weight_NK: Tensor, bias_N: Tensor | None, x_MK: Tensor, out_MN: Tensor
+        self, weight_NK: Tensor, bias_N: Tensor | None, x_XK: Tensor, out_XN: Tensor
     ) -> None:
-        assert x_MK.dim() == out_MN.dim() == 2
-        assert x_MK.is_contiguous()
-        self.num_rows.append(x_MK.shape[0])
-        out_MN.copy_(F.linear(x_MK, weight_NK, bias_N))
+        assert x_XK.is_contiguous()
+        assert out_XN.is_contiguous()
+        self.num_rows.append(x_XK.shape[:-1].numel())
+        out_XN.copy_(F.linear(x_XK, weight_NK, bias_N))
 
 
 @pytest.fixture
@@ -97,7 +105,7 @@ def test_few_rows_go_to_the_kernel_while_a_step_runs(recorder: Recorder) -> None
     """Leading dims count together; more rows than were found to pay, and all other times, are torch's."""
     model, x_BTK = small_model(), random_rows(5, 48).view(1, 5, 48)
     expected_BTN = model(x_BTK)
-    choices = install_linears(model, recorder)
+    choices = install_linears(model, recorder, {})
 
     assert [(c.num_outputs, c.num_inputs, c.num_layers) for c in choices] == [
         (64, 48, 2),
@@ -105,6 +113,10 @@ def test_few_rows_go_to_the_kernel_while_a_step_runs(recorder: Recorder) -> None
     ]
     assert torch.equal(model(x_BTK[:, :4]), expected_BTN[:, :4])
     assert recorder.num_rows == []
+    with running():
+        assert torch.equal(model(x_BTK[:, :4]), expected_BTN[:, :4])
+    assert recorder.num_rows == [4, 4, 4]
+    recorder.num_rows.clear()
     with step():
         assert torch.equal(model(x_BTK[:, :4].view(2, 2, 48)), expected_BTN[:, :4].view(2, 2, 64))
         assert recorder.num_rows == [4, 4, 4]
@@ -125,7 +137,7 @@ def parts(layer: nn.Module) -> tuple[Tensor, Tensor]:
 def test_gradients_are_torchs(recorder: Recorder) -> None:
     """With grad enabled a step changes nothing, in training mode too."""
     model, x_MK = small_model().train(), random_rows(2, 48)
-    install_linears(model, recorder)
+    install_linears(model, recorder, {})
     with step():
         model(x_MK).sum().backward()
 
@@ -137,7 +149,7 @@ def test_gradients_are_torchs(recorder: Recorder) -> None:
 def test_rows_of_another_dtype_are_torchs(recorder: Recorder) -> None:
     """A model that was converted, moved or cut down after installing computes with what it has now."""
     model, x_MK = small_model(), random_rows(2, 48)
-    install_linears(model, recorder)
+    install_linears(model, recorder, {})
     with step():
         with pytest.raises(RuntimeError, match="dtype"):
             model(x_MK.float())
@@ -166,7 +178,7 @@ def test_other_kinds_of_layers_are_left_alone(recorder: Recorder) -> None:
     )
     classes = [type(layer) for layer in model]
 
-    assert install_linears(model, recorder) == []
+    assert install_linears(model, recorder, {}) == []
     assert [type(layer) for layer in model] == classes
 
 
@@ -174,7 +186,7 @@ def test_other_kinds_of_layers_are_left_alone(recorder: Recorder) -> None:
 def test_layers_parametrised_later_are_computed_as_such(recorder: Recorder) -> None:
     """A parametrisation over an installed layer wins, and uninstalling leaves it in place."""
     model, x_MK = small_model(), random_rows(2, 48)
-    install_linears(model, recorder)
+    install_linears(model, recorder, {})
     torch.nn.utils.parametrizations.weight_norm(model[0])
     with step():
         model[0](x_MK)
@@ -192,7 +204,7 @@ def test_copies_are_plain_layers(recorder: Recorder) -> None:
     """deepcopy, pickle and state_dict know nothing of kernels; the weights are the same."""
     model, x_MK = small_model(), random_rows(2, 48)
     names = list(model.state_dict())
-    install_linears(model, recorder)
+    install_linears(model, recorder, {})
     stream = io.BytesIO()
     torch.save(model, stream)
     stream.seek(0)
@@ -211,18 +223,36 @@ def test_copies_are_plain_layers(recorder: Recorder) -> None:
 
 
 def test_uninstalling_gives_layers_their_class_back(recorder: Recorder) -> None:
-    """Both may be called again and again; the first trial of the same kernels counts."""
+    """Both may be called again and again."""
     model = small_model()
-    first = install_linears(model, recorder)
-    assert all(type(layer) is PagedLinear for layer in model)
-    again = install_linears(model, recorder)
-    assert all(one is other for one, other in zip(first, again, strict=True))
-    assert install_linears(model, Recorder())[0] is not first[0]
+    for _ in range(2):
+        install_linears(model, recorder, {})
+        assert all(type(layer) is PagedLinear for layer in model)
     for _ in range(2):
         uninstall_linears(model)
 
         assert all(type(layer) is nn.Linear for layer in model)
         assert vars(model[0]).keys() == vars(small_model()[0]).keys()
+
+
+def test_shapes_that_were_tried_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shape once, with its own number of layers; a bias is part of the shape."""
+    tried: list[tuple[int, ...]] = []
+
+    def passed(_kernels: object, layers: list[nn.Linear]) -> LinearChoice:
+        tried.append((*layers[0].weight.shape, layers[0].bias is not None))
+        return verdict(layers, most_rows=4)
+
+    monkeypatch.setattr(linear, "try_layers", passed)
+    trials: LinearTrials = {}
+    first = install_linears(small_model(), Recorder(), trials)
+    other = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64, bias=False)).bfloat16()
+    second = install_linears(other, Recorder(), trials)
+
+    assert tried == [(64, 48, True), (48, 64, True), (64, 48, False)]
+    assert [choice.num_layers for choice in first] == [2, 1]
+    assert [(choice.num_outputs, choice.num_layers) for choice in second] == [(48, 1), (64, 1)]
+    assert all(type(layer) is PagedLinear for layer in other)
 
 
 def test_layers_that_lose_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +262,7 @@ def test_layers_that_lose_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(
             linear, "try_layers", lambda _, layers, most=most_rows: verdict(layers, most_rows=most)
         )
-        choices = install_linears(model, Recorder())
+        choices = install_linears(model, Recorder(), {})
 
         assert [choice.most_rows for choice in choices] == [most_rows] * 2
         assert all(type(layer) is expected for layer in model)
@@ -279,17 +309,30 @@ def test_every_layer_is_raced() -> None:
     assert all(bias is not None and len(bias) == 1024 for _, bias in windows)
 
 
-def test_a_model_is_served_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def forgetful() -> Iterator[Kernels]:
+    """Kernels of which nothing was measured, before the test and after it."""
+    found = load_kernels()
+    if isinstance(found, KernelsAbsent):
+        pytest.skip(f"no compiled kernels: {found.reason}")
+    found.linear_trials.clear()
+    yield found
+    found.linear_trials.clear()
+
+
+@pytest.mark.parametrize(("name", "mode"), [("llama", Mode.NATIVE), ("bloom", Mode.DENSE)])
+@pytest.mark.usefixtures("forgetful")
+def test_a_model_is_served_by_the_kernels(
+    name: str, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Decoding calls them, tied heads included; an ordinary forward is what it was, to the last bit."""
-    absent = load_kernels()
-    if isinstance(absent, KernelsAbsent):
-        pytest.skip(f"no compiled kernels: {absent.reason}")
-    model, prompt = build_tiny("llama").bfloat16(), list(range(10, 40))
+    model, prompt = build_tiny(name).bfloat16(), list(range(10, 40))
     before_TV = logits_at_all_positions(model, prompt)
     monkeypatch.setattr(linear_trial, "_race", lambda *_: 2.0)
     chosen = EngineSettings(block_size=8, capacity="1MB")
     served = install(model, chosen)
     kernels = served.kernels
+    assert served.paged.mode is mode
     assert isinstance(kernels, Kernels)
     num_layers = sum(type(module) is PagedLinear for module in model.modules())
 
@@ -301,7 +344,7 @@ def test_a_model_is_served_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     compute = kernels.linear
 
     def counted(*arguments: Tensor) -> None:
-        calls.append(arguments[2].shape[0])
+        calls.append(arguments[2].shape[:-1].numel())
         compute(*arguments)
 
     monkeypatch.setattr(kernels, "linear", counted)
@@ -311,3 +354,27 @@ def test_a_model_is_served_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     # The head of the prompt's last row, and two tokens.
     assert calls == [1] * (1 + 2 * num_layers)
     assert torch.equal(logits_at_all_positions(model, prompt), before_TV)
+
+
+def test_a_second_model_repeats_no_trial(
+    forgetful: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every install loads the kernels anew, but it is one library; other threads make other trials."""
+    races: list[int] = []
+
+    def race(*arguments: Any) -> float:
+        races.append(arguments[-1])
+        return 2.0
+
+    monkeypatch.setattr(linear_trial, "_race", race)
+    chosen = EngineSettings(block_size=8, capacity="1MB")
+    first = install(build_tiny("llama").bfloat16(), chosen)
+    num_races = len(races)
+    second = install(build_tiny("llama", seed=1).bfloat16(), chosen)
+
+    assert second.kernels is not first.kernels
+    assert second.linears == first.linears
+    assert len(races) == num_races > 0
+    assert len(forgetful.linear_trials) == len(first.linears)
+    forgetful.num_threads = 97  # as no other test has
+    assert forgetful.linear_trials == {}

@@ -1,16 +1,19 @@
 """The kernel for linear layers with few rows: its numbers, with every instruction set.
 
-Legend: M rows of x, N outputs, K inputs.
+Legend: M rows of x, X any leading dims, N outputs, K inputs.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvkeep.errors import KernelError
 from kvkeep.native import Isa, Kernels, KernelsAbsent, load_kernels
+from kvkeep.native import library as native_library
 
 SHAPES = [(1, 1), (3, 7), (31, 16), (33, 130), (64, 31), (65, 33), (257, 1023), (13, 2085)]
 
@@ -105,3 +108,34 @@ def test_what_is_not_finite_stays_so(kernels: Kernels) -> None:
     assert out_MN[0].isnan().all()
     assert out_MN[1].isinf().all()
     assert out_MN[2].isfinite().all()
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (6,), (2, 3), (1, 3, 1, 2)])
+def test_rows_of_a_linear_layer_may_have_any_leading_dims(
+    kernels: Kernels, leading: tuple[int, ...]
+) -> None:
+    """They count together, and the result has the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    weight_NK = torch.randn(8, 4, generator=generator).bfloat16()
+    x_XK = torch.randn(*leading, 4, generator=generator).bfloat16()
+    out_XN = x_XK.new_empty(*leading, 8)
+
+    kernels.linear(weight_NK, None, x_XK, out_XN)
+
+    expected_XN = (x_XK.float() @ weight_NK.float().T).bfloat16()
+    torch.testing.assert_close(out_XN, expected_XN)
+    with pytest.raises(KernelError, match=r"x_XK .* out_XN"):
+        kernels.linear(weight_NK, None, x_XK[None], out_XN)
+
+
+def test_what_was_measured_is_the_librarys(kernels: Kernels, tmp_path: Path) -> None:
+    """However often it is loaded; another file is another library."""
+    again = load_kernels()
+    assert isinstance(again, Kernels)
+    again.use_isa(kernels.isa)
+
+    assert again is not kernels
+    assert again.linear_trials is kernels.linear_trials
+    again.num_threads += 1
+    assert again.linear_trials is not kernels.linear_trials
+    assert native_library._measured(tmp_path) is not native_library._measured(tmp_path / "other")

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 from kvkeep.arena import StateArena
 from kvkeep.attention import AttentionTerms, GatherAttention, inputs
 from kvkeep.errors import UnsupportedModelError
-from kvkeep.hf import hooks
+from kvkeep.hf import hooks, paged_model
 from kvkeep.hf.geometry import ModelGeometry, measure_geometry
+from kvkeep.hf.latent_cache import find_expansions
 from kvkeep.hf.paged_model import Mode
 from kvkeep.hf.selftest import choose_mode
 from kvkeep.hf.step_cache import PackedStepCache
+from kvkeep.native import Kernels, load_kernels
 from kvkeep.spec import GroupSpec, LayerKind, Span
 from kvkeep.testing.tiny_models import build_tiny
 
@@ -100,6 +102,38 @@ def test_latents_in_the_wrong_order_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(PackedStepCache, "read", read_wrongly)
     with pytest.raises(UnsupportedModelError, match=rf"{REFUSED} \(gather: error "):
         choose_mode(model, geometry, "gather")
+
+
+def test_an_expansion_of_another_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLA in the mode that absorbs the expansion; without kernels there is no such mode."""
+    model, geometry = measured("deepseek_v3")
+    kernels = load_kernels()
+    with pytest.raises(
+        UnsupportedModelError, match=r"latent: UnsupportedModelError: .*CPU kernels"
+    ):
+        choose_mode(model, geometry, "latent")
+    if not isinstance(kernels, Kernels):
+        pytest.skip("the compiled kernels are not installed")
+    assert choose_mode(model, geometry, kernels=kernels).mode is Mode.LATENT
+
+    def find_wrongly(*of: Any) -> dict[int, Tensor]:
+        right = find_expansions(*of)
+        return dict(zip(right, reversed(right.values()), strict=True))
+
+    monkeypatch.setattr(paged_model, "find_expansions", find_wrongly)
+    with pytest.raises(UnsupportedModelError, match=rf"{REFUSED} \(latent with kernels: error "):
+        choose_mode(model, geometry, "latent", kernels)
+
+
+def test_latents_are_for_mla_models_only() -> None:
+    """Asked for on another model, the mode names the layers that have none."""
+    model, geometry = measured("llama")
+    kernels = load_kernels()
+    if not isinstance(kernels, Kernels):
+        pytest.skip("the compiled kernels are not installed")
+
+    with pytest.raises(UnsupportedModelError, match=r"layers \[0, 1, 2\] store no latent"):
+        choose_mode(model, geometry, "latent", kernels)
 
 
 def test_a_state_that_is_not_resumed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

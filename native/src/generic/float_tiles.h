@@ -140,10 +140,11 @@ struct FloatTiles {
     const auto *words =
         reinterpret_cast<const std::uint32_t *>(tile) + static_cast<long>(lo / kPerWord) * v_dim;
     for_groups<Isa>(num_queries, [&](auto group, int i) {
-      for_strips<Isa, Isa::kDimVectors>(v_dim, [&](auto strip, int d) {
-        add_strip<decltype(strip), decltype(group)::kQueries>(
-            words + d, v_dim, weights + i * stride, stride, lo, hi, acc + i * v_dim + d,
-            i == 0 ? ahead : 0);
+      constexpr int kQueries = decltype(group)::kQueries;
+      constexpr int kVectors = kQueries > 4 ? Isa::kDimVectors / 2 : Isa::kDimVectors;
+      for_strips<Isa, kVectors>(v_dim, [&](auto strip, int d) {
+        add_strip<decltype(strip), kQueries>(words + d, v_dim, weights + i * stride, stride, lo, hi,
+                                             acc + i * v_dim + d, i == 0 ? ahead : 0);
       });
     });
   }

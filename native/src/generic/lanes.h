@@ -128,10 +128,14 @@ struct Group {
   static constexpr int kQueries = kQueriesOf;
 };
 
-// Cuts n queries into groups that share a load of keys or values: f(group, first query).
+// Cuts n queries into groups that share a load of keys or values: f(group, first query). Eight only where there
+// are registers for them.
 template <class Isa, class F>
 void for_groups(int n, F f) {
   int i = 0;
+  if constexpr (Isa::kLanes == 16) {
+    for (; i + 8 <= n; i += 8) f(Group<8>{}, i);
+  }
   for (; i + 4 <= n; i += 4) f(Group<4>{}, i);
   if (i + 2 <= n) {
     f(Group<2>{}, i);

@@ -24,6 +24,7 @@ from kvkeep.arena.word_layout import (
     with_own_formats,
 )
 from kvkeep.codecs import Encoded, codec_of
+from kvkeep.native import advise_huge_pages
 from kvkeep.spec import BlockId, GroupSpec, KVFormat, LayerFormat
 
 __all__ = ["TorchWordRows", "WordArena", "WordRows", "WordRowsOf"]
@@ -74,6 +75,7 @@ class WordArena:
         self.storage = torch.empty(
             num_blocks, self.layout.block_bytes, dtype=torch.uint8, device=device
         )
+        advise_huge_pages(self.storage)
         self._rows = (rows_of or TorchWordRows)(self.storage, self.layout, dtype)
 
     @property

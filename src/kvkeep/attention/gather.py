@@ -16,7 +16,10 @@ from kvkeep.attention.inputs import GroupInputs, Item, ReadBatch, build_group_in
 from kvkeep.attention.reference import reference_attention
 from kvkeep.spec import GroupSpec
 
-__all__ = ["GatherAttention"]
+__all__ = ["GatherAttention", "attend_gathered_batches"]
+
+# Of a span behind others: each piece of it is one more call, and leaves out more of what is masked.
+_QUERIES_AT_ONCE = 512
 
 
 class GatherAttention:
@@ -91,18 +94,23 @@ class GatherAttention:
         self, inputs: GroupInputs, q_1HTD: Tensor, kv: tuple[Tensor, Tensor], terms: AttentionTerms
     ) -> Tensor:
         """Attention over what `read` returned, after the model has transformed it."""
-        outputs, at = [], 0
-        for batch in inputs.batches:
-            num_positions = batch.num_items * batch.num_positions
-            k, v = (
-                part[0, :, at : at + num_positions]
-                .unflatten(1, (batch.num_items, -1))
-                .transpose(0, 1)
-                for part in kv
-            )
-            outputs.append(_attend_batch(batch, _rows(batch, q_1HTD), k, v, terms))
-            at += num_positions
-        return _scatter(inputs, q_1HTD.shape[2], outputs)
+        return _scatter(inputs, q_1HTD.shape[2], attend_gathered_batches(inputs, q_1HTD, kv, terms))
+
+
+def attend_gathered_batches(
+    inputs: GroupInputs, q_1HTD: Tensor, kv: tuple[Tensor, Tensor], terms: AttentionTerms
+) -> list[Tensor]:
+    """Attention of each batch over its part of what was read and transformed, [B*Q, H, D]."""
+    outputs, at = [], 0
+    for batch in inputs.batches:
+        num_positions = batch.num_items * batch.num_positions
+        k, v = (
+            part[0, :, at : at + num_positions].unflatten(1, (batch.num_items, -1)).transpose(0, 1)
+            for part in kv
+        )
+        outputs.append(_attend_batch(batch, _rows(batch, q_1HTD), k, v, terms))
+        at += num_positions
+    return outputs
 
 
 def _by_head(spec: GroupSpec, batch: ReadBatch, kv: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -131,12 +139,13 @@ def _attend_batch(
         )
         return out.reshape(batch.num_items, num_heads, -1)
     q_BHQD = q_THD.view(batch.num_items, -1, num_heads, q_THD.shape[2]).transpose(1, 2)
-    if terms.is_plain:
+    if terms.is_plain and batch.mask_BQS is not None:
+        out = _attend_masked(q_BHQD, k_BKSD, v_BKSD, batch.mask_BQS, terms.scaling)
+    elif terms.is_plain:
         out = scaled_dot_product_attention(
             q_BHQD,
             k_BKSD,
             v_BKSD,
-            attn_mask=None if batch.mask_BQS is None else batch.mask_BQS[:, None],
             is_causal=batch.is_causal,
             scale=terms.scaling,
             enable_gqa=num_heads != num_kv_heads,
@@ -144,6 +153,31 @@ def _attend_batch(
     else:
         out = reference_attention(q_BHQD, k_BKSD, v_BKSD, _explicit_mask(batch, q_THD), terms)
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_masked(
+    q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_BQS: Tensor, scaling: float
+) -> Tensor:
+    """Attention in pieces of the queries, [B, H, Q, D].
+
+    A mask hides what lies behind a query, but does not save computing it; a piece leaves out what lies behind
+    its last query, which the last position belongs to.
+    """
+    num_queries, num_before = mask_BQS.shape[1], mask_BQS.shape[2] - mask_BQS.shape[1]
+    pieces = []
+    for start in range(0, num_queries, _QUERIES_AT_ONCE):
+        stop = min(start + _QUERIES_AT_ONCE, num_queries)
+        pieces.append(
+            scaled_dot_product_attention(
+                q_BHQD[:, :, start:stop],
+                k_BKSD[:, :, : num_before + stop],
+                v_BKSD[:, :, : num_before + stop],
+                attn_mask=mask_BQS[:, None, start:stop, : num_before + stop],
+                scale=scaling,
+                enable_gqa=q_BHQD.shape[1] != k_BKSD.shape[1],
+            )
+        )
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 def _explicit_mask(batch: ReadBatch, q_THD: Tensor) -> Tensor | None:

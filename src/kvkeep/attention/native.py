@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvkeep.arena import ArenaGroups, WordArena, native_arena
 from kvkeep.attention.base import AttentionTerms
-from kvkeep.attention.gather import GatherAttention
+from kvkeep.attention.gather import GatherAttention, attend_gathered_batches
 from kvkeep.attention.inputs import GroupInputs, Item, PagedInputs, build_group_inputs
 from kvkeep.native import MOST_QUERIES, ArenaRef, ItemsRef, Kernels, ReadKind, TermsRef
 from kvkeep.spec import GroupSpec, LayerKind
@@ -101,11 +101,32 @@ class NativeAttention:
             out_THD[batch.rows] = part
         return out_THD.unsqueeze(0)
 
+    def attend_latent(
+        self, inputs: GroupInputs, group: int, layer: int, q_THD: Tensor, terms: AttentionTerms
+    ) -> Tensor:
+        """Attention of short items over MLA latents, rows [T, H, latent dims]; those of long ones stay unset.
+
+        D is the latent's dims and then the rotated ones; at least one item is short.
+        """
+        assert inputs.paged is not None
+        assert inputs.paged.items is not None
+        ref = self._refs[group]
+        out_THD = q_THD.new_empty(*q_THD.shape[:2], ref.k_dim)
+        terms_ref = self._terms_ref(group, layer, terms)
+        self._kernels.attend_latent(ref, layer, inputs.paged.items, terms_ref, q_THD, out_THD)
+        return out_THD
+
     def attend_gathered(
         self, inputs: GroupInputs, q_1HTD: Tensor, kv: tuple[Tensor, Tensor], terms: AttentionTerms
     ) -> Tensor:
         """The same over what `read` returned, after the model has transformed it."""
         return self._gather.attend_gathered(inputs, q_1HTD, kv, terms)
+
+    def attend_gathered_batches(
+        self, inputs: GroupInputs, q_1HTD: Tensor, kv: tuple[Tensor, Tensor], terms: AttentionTerms
+    ) -> list[Tensor]:
+        """The same for each batch of long items, [B*Q, H, D]."""
+        return attend_gathered_batches(inputs, q_1HTD, kv, terms)
 
     def _terms_ref(self, group: int, layer: int, terms: AttentionTerms) -> TermsRef:
         """A layer's terms as the kernels take them; made once, for they do not change."""

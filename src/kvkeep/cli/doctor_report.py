@@ -17,13 +17,14 @@ from kvkeep.hf.fingerprint import longest_context
 from kvkeep.hf.format_probe import FormatProbe
 from kvkeep.hf.geometry import measure_geometry
 from kvkeep.hf.install import free_memory_bytes
+from kvkeep.hf.kv_formats import asked_formats
 from kvkeep.hf.linear import LinearChoice
 from kvkeep.hf.load import LoadedModel, load_model
 from kvkeep.hf.selftest import SelfTest
 from kvkeep.hf.trial_logits import Served
 from kvkeep.hf.verdict import judge
 from kvkeep.native import Kernels, KernelsAbsent, load_kernels
-from kvkeep.spec import GroupSpec, KVSpec, LayerKind, with_format
+from kvkeep.spec import GroupSpec, KVSpec, LayerKind
 
 __all__ = ["Environment", "Fit", "Report", "examine", "measure_environment"]
 
@@ -165,7 +166,9 @@ def _with_verdict(
     report: Report, loaded: LoadedModel, settings: EngineSettings, lengths: Sequence[int]
 ) -> Report:
     try:
-        report = replace(report, spec=_asked_spec(loaded, settings))
+        measured = measure_geometry(loaded.model, settings.block_size).spec
+        # What a model that is refused would have stored.
+        report = replace(report, spec=asked_formats(measured, settings))
         verdict = judge(loaded.model, settings)
     except UnsupportedModelError as error:
         return replace(report, refusal=str(error))
@@ -184,15 +187,6 @@ def _with_verdict(
     except CapacityError as error:
         return replace(report, no_fit=str(error))
     return replace(report, fits=tuple(fits))
-
-
-def _asked_spec(loaded: LoadedModel, settings: EngineSettings) -> KVSpec:
-    """What a model that is refused would have stored."""
-    spec = measure_geometry(loaded.model, settings.block_size).spec
-    layers = settings.kv_exact_layers
-    return with_format(
-        spec, settings.kv_format, exact_layers=() if isinstance(layers, str) else layers
-    )
 
 
 def _with_formats(

@@ -11,7 +11,7 @@ from kvkeep.spec import check_format_name
 __all__ = ["EngineSettings"]
 
 _KERNELS = ("auto", "torch")
-_MODES = ("auto", "native", "gather", "hybrid", "dense")
+_MODES = ("auto", "native", "latent", "gather", "hybrid", "dense")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvkeep.attention import AttentionBackend
 from kvkeep.errors import UnsupportedModelError
 from kvkeep.hf.layer_damage import DamageMeter
+from kvkeep.hf.paged_model import Mode
 from kvkeep.hf.probe_tokens import probe_tokens
 from kvkeep.hf.trial_logits import Served, trial_logits
 from kvkeep.native import MOST_QUERIES
@@ -201,7 +202,11 @@ def _ranking(served: Served, name: str, basis: ProbeBasis) -> list[int]:
         return meters[-1]
 
     longest = max(map(len, basis.sequences))
-    trial_logits(served_in(served, "auto"), basis.sequences, chunk=longest, watch=watch)
+    watched = served_in(served, "auto")
+    if watched.mode is Mode.LATENT:
+        # A meter stands in the way of absorption; what is stored is the same.
+        watched = replace(watched, mode=Mode.GATHER)
+    trial_logits(watched, basis.sequences, chunk=longest, watch=watch)
     return meters[0].ranking()
 
 

@@ -10,10 +10,13 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DummyLayer
 
 from kvkeep.cache import CacheStats, DropReceipt, Receipt, VerifyReport
+from kvkeep.config import EngineSettings
 from kvkeep.config.sizes import format_bytes
 from kvkeep.errors import CapacityError, RequestError
+from kvkeep.hf.format_probe import FormatProbe
 from kvkeep.hf.generate_call import Incoming, ModelTraits, Past, read_incoming, with_names
 from kvkeep.hf.generate_hooks import ForwardListener, add_listener, remove_listener
+from kvkeep.hf.generate_layer import PagedLayer
 from kvkeep.hf.generate_memory import DenseMemory, allocate_memory, weights_version
 from kvkeep.hf.generate_rows import NoRoomError, RowLeases, Started
 from kvkeep.hf.generate_states import StateLayers
@@ -43,9 +46,14 @@ class KeepCache(Cache, ForwardListener):
     lets go of it. Weights changed in place are noticed when a batch begins and empty the cache; after
     switching adapters call `clear`.
 
-    `capacity` is bytes, "1GB" or a share of free memory ("20%"); `salt` goes into the names of blocks. Raises
-    ConfigError for settings, CapacityError when not even two blocks fit, and UnsupportedModelError for models
-    that keep something else than keys, values and states, or lie on several devices.
+    `capacity` is bytes, "1GB" or a share of free memory ("20%"); `salt` goes into the names of blocks.
+    `kv_format` and `kv_exact_layers` are those of EngineSettings: a quantised format is measured on the model
+    right here, which takes some dozen forwards, unless the layers that stay exact are given, () for none.
+    `kvkeep doctor MODEL --formats` finds them once and for all.
+
+    Raises ConfigError for settings, CapacityError when not even two blocks fit, and UnsupportedModelError for
+    models that keep something else than keys, values and states, that lie on several devices, or whose
+    answers the format changes too much.
     """
 
     def __init__(
@@ -54,9 +62,18 @@ class KeepCache(Cache, ForwardListener):
         capacity: int | str = "1GB",
         block_size: int = 32,
         salt: str | None = None,
+        *,
+        kv_format: str = "auto",
+        kv_exact_layers: tuple[int, ...] | str = "auto",
     ) -> None:
         self._model = model
-        self._memory = allocate_memory(model, capacity, block_size, salt)
+        settings = EngineSettings(
+            block_size=block_size,
+            capacity=capacity,
+            kv_format=kv_format,
+            kv_exact_layers=kv_exact_layers,
+        )
+        self._memory = allocate_memory(model, settings, salt)
         geometry = self._memory.geometry
         self._rows = RowLeases(self._memory.cache, self._memory.arenas, self._memory.root)
         self._columns = Columns(block_size, self._memory.device)
@@ -96,6 +113,11 @@ class KeepCache(Cache, ForwardListener):
         A call is one `generate()`, or the forwards since the last `reset`.
         """
         return self._receipt() or self._last_receipt
+
+    @property
+    def format_probe(self) -> FormatProbe | None:
+        """What a quantised `kv_format` does to the model, None where it was not measured."""
+        return self._memory.format_probe
 
     def coverage(self, token_ids: Sequence[int] | Tensor) -> Coverage:
         """What is known of one text's tokens. Changes nothing."""
@@ -158,6 +180,8 @@ class KeepCache(Cache, ForwardListener):
         if started.num_skipped and self._states:
             self._states.load(rows.states(started))
         self._tally.propose(past, incoming, started, checks_candidates=self._states.records_past)
+        if self._memory.kernels is not None:
+            self._memory.kernels.num_threads = torch.get_num_threads()
         self._started = started
         self._step = DenseStep(self._memory.arenas.arenas, self._columns, rows.rows, started)
         if started.num_skipped:
@@ -275,7 +299,7 @@ class KeepCache(Cache, ForwardListener):
             elif at in geometry.consumers or at not in geometry.places:
                 layers.append(DummyLayer())
             else:
-                layers.append(_PagedLayer(self, at))
+                layers.append(PagedLayer(self, at))
         return layers
 
     def _begin_call(self, *, is_generate: bool) -> None:
@@ -339,38 +363,6 @@ class KeepCache(Cache, ForwardListener):
             f"({format_bytes(blocks * spec.block_bytes())}); give KeepCache more capacity, or generate with "
             "fewer rows, beams or tokens"
         )
-
-
-class _PagedLayer:
-    """Stands for an attention layer in `Cache.layers`; its K/V are in the arena."""
-
-    is_compileable = False
-    is_initialized = True
-    is_croppable = True
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, cache: KeepCache, layer: int) -> None:
-        self._cache = weakref.ref(cache)
-        self._layer = layer
-
-    @property
-    def keys(self) -> Tensor | None:
-        """The batch's keys in this layer, [B, K, S, D]."""
-        cache = self._cache()
-        kv = None if cache is None else cache.dense(self._layer)
-        return None if kv is None else kv[0]
-
-    @property
-    def values(self) -> Tensor | None:
-        """The batch's values in this layer, [B, K, S, D]."""
-        cache = self._cache()
-        kv = None if cache is None else cache.dense(self._layer)
-        return None if kv is None else kv[1]
-
-    def get_max_length(self) -> int:
-        """No limit of its own."""
-        return -1
 
 
 def _finalize(rows: RowLeases, model_reference: "weakref.ReferenceType[PreTrainedModel]") -> None:

@@ -45,11 +45,9 @@ class Columns:
 
 
 class _GroupSlots:
-    """One group's part: what is read is [B, S], what is written are some of [B, T], all when None."""
+    """One group's part: [B, S] are read, and rows of [B, T] are written, all of them when `rows` is None."""
 
-    def __init__(
-        self, arena: GroupArena, reads: Slots | None, writes: Slots, rows: Tensor | None
-    ) -> None:
+    def __init__(self, arena: GroupArena, reads: Slots, writes: Slots, rows: Tensor | None) -> None:
         self.arena = arena
         self.reads = reads
         self.writes = writes
@@ -80,14 +78,14 @@ class DenseStep:
         if group.written_rows is not None:
             k_TW, v_TW = k_TW[group.written_rows], v_TW[group.written_rows]
         group.arena.write(place.layer, group.writes, k_TW, v_TW)
-        if group.reads is None:
+        if self._started.start == 0 and group.arena.is_exact(place.layer):
             return k_BKTD, v_BKTD
+        # Also what was just written, rounded as later forwards will see it.
         return self.read(place, k_BKTD.shape[0])
 
     def read(self, place: LayerPlace, num_rows: int) -> tuple[Tensor, Tensor]:
         """One layer's keys and values of all columns, [B, K, S, D]."""
         group = self._groups[place.group]
-        assert group.reads is not None
         k_SW, v_SW = group.arena.read(place.layer, group.reads)
         spec = group.arena.layout.spec
         return (
@@ -101,19 +99,18 @@ class DenseStep:
         blocks_RS, offsets_RS = self._places(group, arena, stop)
         written = self._written_rows(group, stop)
         first_rows = [started.leaders.index(at) for at in range(len(self._rows))]
+        # Contiguous, as kernels want it: one column of many rows would stay a view.
         new_blocks_T, new_offsets_T = (
-            part[:, start:].reshape(-1) for part in (blocks_RS, offsets_RS)
+            part[:, start:].contiguous().view(-1) for part in (blocks_RS, offsets_RS)
         )
         if written is not None:
             new_blocks_T, new_offsets_T = new_blocks_T[written], new_offsets_T[written]
         if len(first_rows) != num_rows or written is not None:
             written = self._batch_rows(first_rows, written)
-        reads = None
-        if start > 0:
-            if len(first_rows) != num_rows:
-                leaders_B = torch.tensor(started.leaders, device=blocks_RS.device)
-                blocks_RS, offsets_RS = blocks_RS[leaders_B], offsets_RS[leaders_B]
-            reads = Slots(blocks_RS.reshape(-1), offsets_RS.reshape(-1))
+        if len(first_rows) != num_rows:
+            leaders_B = torch.tensor(started.leaders, device=blocks_RS.device)
+            blocks_RS, offsets_RS = blocks_RS[leaders_B], offsets_RS[leaders_B]
+        reads = Slots(blocks_RS.reshape(-1), offsets_RS.reshape(-1))
         return _GroupSlots(arena, reads, Slots(new_blocks_T, new_offsets_T), written)
 
     def _places(self, group: int, arena: GroupArena, stop: int) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def measure_geometry(model: PreTrainedModel, block_size: int) -> ModelGeometry:
             shape = _shape(cache.layers[at], _LAYER_TYPE_TO_KIND[layer_type], kwargs)
             shape_to_layers.setdefault(shape, []).append(at)
     groups = tuple(
-        _group(shape, layers, cache, next(model.parameters()).dtype)
+        _group(shape, layers, cache, config, next(model.parameters()).dtype)
         for shape, layers in shape_to_layers.items()
     )
     places = {
@@ -133,7 +133,11 @@ def _kv_of(layer: object) -> tuple[Tensor, Tensor]:
 
 
 def _group(
-    shape: _Shape, layers: Sequence[int], cache: DynamicCache, dtype: torch.dtype
+    shape: _Shape,
+    layers: Sequence[int],
+    cache: DynamicCache,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
 ) -> GroupSpec:
     state_bytes = 0
     if shape.kind is LayerKind.RECURRENT:
@@ -151,9 +155,16 @@ def _group(
         k_dim=shape.k_dim,
         v_heads=shape.v_heads,
         v_dim=shape.v_dim,
+        is_latent=_is_latent(shape, config),
         itemsize=dtype.itemsize,
         state_bytes=state_bytes,
     )
+
+
+def _is_latent(shape: _Shape, config: PreTrainedConfig) -> bool:
+    """Whether "keys" are MLA latents: one head, as wide as the config says that latents are."""
+    rank = getattr(config, "kv_lora_rank", None)
+    return (shape.k_heads, shape.k_dim, shape.v_heads) == (1, rank, 1)
 
 
 def state_tensors(layer: LinearAttentionCacheLayerMixin) -> dict[str, Tensor]:

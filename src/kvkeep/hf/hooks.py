@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvkeep.attention import AttentionTerms
 
-__all__ = ["AttentionStep", "decoder_configs", "installed", "is_running", "register"]
+__all__ = ["AttentionStep", "decoder_configs", "installed", "is_running", "register", "running"]
 
 _NAME = "kvkeep"
 
@@ -30,11 +30,22 @@ class AttentionStep(Protocol):
 
 
 _STEP: ContextVar[AttentionStep | None] = ContextVar("kvkeep_step", default=None)
+_IS_RUNNING: ContextVar[bool] = ContextVar("kvkeep_is_running", default=False)
 
 
 def is_running() -> bool:
     """Whether a step of kvkeep is running in this context."""
-    return _STEP.get() is not None
+    return _IS_RUNNING.get()
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """While the context lasts, a step runs; its model attends in its own way unless it is `installed` too."""
+    token = _IS_RUNNING.set(True)
+    try:
+        yield
+    finally:
+        _IS_RUNNING.reset(token)
 
 
 def decoder_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -61,7 +72,8 @@ def installed(configs: Sequence[PreTrainedConfig], step: AttentionStep) -> Itera
     try:
         for config in configs:
             config._attn_implementation_internal = _NAME
-        yield
+        with running():
+            yield
     finally:
         for config, name in zip(configs, names, strict=True):
             config._attn_implementation_internal = name

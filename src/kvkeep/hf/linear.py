@@ -2,12 +2,12 @@
 
 What a layer computes for a row then depends on that row only, not on how many are computed with it.
 
-Legend: M rows of x, N outputs, K inputs.
+Legend: X leading dims of x, N outputs, K inputs.
 """
 
 import copyreg
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import torch
@@ -15,20 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvkeep.hf.hooks import is_running
-from kvkeep.hf.linear_trial import LinearChoice, LinearKernels, try_layers
+from kvkeep.hf.linear_trial import LinearChoice, LinearKernels, LinearTrials, try_layers
 
-__all__ = ["LinearChoice", "LinearKernels", "PagedLinear", "install_linears", "uninstall_linears"]
+__all__ = [
+    "LinearChoice",
+    "LinearKernels",
+    "LinearTrials",
+    "PagedLinear",
+    "install_linears",
+    "uninstall_linears",
+]
 
 _ROUTE = "_kvkeep_route"
 
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    """How a layer may be computed, and why."""
+    """How a layer may be computed."""
 
     kernels: LinearKernels
     most_rows: int
-    choice: LinearChoice
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> "_Route":
         """Parametrised layers copy all they hold; kernels are no one's to copy."""
@@ -53,10 +59,9 @@ class PagedLinear(nn.Linear):
         num_outputs, num_inputs = weight.shape
         if not _has_rows(input, num_inputs, route.most_rows):
             return F.linear(input, weight, bias)
-        x_MK = input.contiguous().view(-1, num_inputs)
-        out_MN = x_MK.new_empty((x_MK.shape[0], num_outputs))
-        route.kernels.linear(weight, bias, x_MK, out_MN)
-        return out_MN if input.dim() == 2 else out_MN.view(*input.shape[:-1], num_outputs)
+        out_XN = input.new_empty((*input.shape[:-1], num_outputs))
+        route.kernels.linear(weight, bias, input.contiguous(), out_XN)
+        return out_XN
 
     def __reduce_ex__(self, _protocol: SupportsIndex, /) -> tuple[Any, ...]:
         state = {name: value for name, value in self.__dict__.items() if name != _ROUTE}
@@ -64,25 +69,29 @@ class PagedLinear(nn.Linear):
         return copyreg._reconstructor, (nn.Linear, object, None), state  # type: ignore[attr-defined]  # not in typeshed
 
 
-def install_linears(model: nn.Module, kernels: LinearKernels) -> list[LinearChoice]:
+def install_linears(
+    model: nn.Module, kernels: LinearKernels, trials: LinearTrials
+) -> list[LinearChoice]:
     """Try the kernel on every shape of layer, and let it serve those where it is right and no slower.
 
-    Changes the class of the chosen layers until `uninstall_linears`; what was installed with the same
-    kernels before stays. Returns one verdict for each shape, the refused ones included, in the order of the
-    model. Takes well under a second.
+    Changes the class of the chosen layers until `uninstall_linears`. Shapes that are in `trials` are not
+    tried again; the others are added. Returns one verdict for each shape, the refused ones included, in the
+    order of the model. Takes well under a second.
     """
     shape_to_layers: dict[tuple[int, int, bool], list[nn.Linear]] = {}
     for layer in _layers(model):
         shape = (*layer.weight.shape, layer.bias is not None)
         shape_to_layers.setdefault(shape, []).append(layer)
     choices = []
-    for layers in shape_to_layers.values():
-        choice = _installed_choice(layers, kernels) or try_layers(kernels, layers)
+    for shape, layers in shape_to_layers.items():
+        if shape not in trials:
+            trials[shape] = try_layers(kernels, layers)
+        choice = replace(trials[shape], num_layers=len(layers))
         choices.append(choice)
         for layer in layers:
             if choice.most_rows:
                 layer.__class__ = PagedLinear
-                layer.__dict__[_ROUTE] = _Route(kernels, choice.most_rows, choice)
+                layer.__dict__[_ROUTE] = _Route(kernels, choice.most_rows)
             else:
                 _uninstall(layer)
     return choices
@@ -132,11 +141,3 @@ def _has_rows(x: Tensor, num_inputs: int, most_rows: int) -> bool:
         and x.shape[-1] == num_inputs
         and 0 < x.numel() <= most_rows * num_inputs
     )
-
-
-def _installed_choice(layers: list[nn.Linear], kernels: LinearKernels) -> LinearChoice | None:
-    for layer in layers:
-        route = layer.__dict__.get(_ROUTE)
-        if isinstance(route, _Route) and route.kernels is kernels:
-            return route.choice
-    return None

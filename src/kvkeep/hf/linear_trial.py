@@ -3,7 +3,7 @@
 Right: within the rounding of its result to bf16 of a product in float32. Fast enough: no slower than torch,
 up to some number of rows. Both sides read other memory at every call, as in a step of a model.
 
-Legend: M rows of x, N outputs, K inputs, R outputs that are compared.
+Legend: M rows of x, X any leading dims of rows together, N outputs, K inputs, R outputs that are compared.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LinearChoice", "LinearKernels", "try_layers"]
+__all__ = ["LinearChoice", "LinearKernels", "LinearTrials", "try_layers"]
 
 _ROWS = (1, 2, 4, 8, 16)
 _ROUNDS = 7
@@ -33,7 +33,7 @@ class LinearKernels(Protocol):
     """What computes a linear layer."""
 
     def linear(
-        self, weight_NK: Tensor, bias_N: Tensor | None, x_MK: Tensor, out_MN: Tensor, /
+        self, weight_NK: Tensor, bias_N: Tensor | None, x_XK: Tensor, out_XN: Tensor, /
     ) -> None:
         """Compute out = x @ weight.T + bias for 1 to 16 rows; all bf16, contiguous, on the CPU."""
 
@@ -55,6 +55,10 @@ class LinearChoice:
     error: float
     torch_error: float
     speed_up: float | None
+
+
+# What trials of the same kernels found, by (outputs, inputs, whether there is a bias).
+LinearTrials = dict[tuple[int, int, bool], LinearChoice]
 
 
 @torch.inference_mode()

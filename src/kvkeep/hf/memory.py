@@ -7,11 +7,15 @@ import torch
 
 from kvkeep.arena import ArenaGroups, NativeWordRows
 from kvkeep.attention import AttentionBackend, GatherAttention, NativeAttention
+from kvkeep.errors import UnsupportedModelError
 from kvkeep.hf.paged_model import Mode
-from kvkeep.native import Kernels
+from kvkeep.native import MOST_DIM, Kernels
 from kvkeep.spec import KVSpec, LayerKind, words_can_hold
 
-__all__ = ["Memory", "allocate_memory", "kernels_can_serve"]
+__all__ = ["READS_PAGES", "Memory", "allocate_memory", "kernels_can_serve"]
+
+# Modes whose attention reads blocks where they lie, if there are kernels.
+READS_PAGES = frozenset({Mode.NATIVE, Mode.LATENT, Mode.HYBRID})
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class Memory:
 def kernels_can_serve(spec: KVSpec, device: torch.device) -> bool:
     """Whether the CPU kernels can hold every group that has K/V."""
     return device.type == "cpu" and all(
-        words_can_hold(group, spec.block_size)
+        words_can_hold(group, spec.block_size) and max(group.k_dim, group.v_dim) <= MOST_DIM
         for group in spec.groups
         if group.kind is not LayerKind.RECURRENT
     )
@@ -43,9 +47,15 @@ def allocate_memory(
 ) -> Memory:
     """Arenas of `num_blocks` blocks a group; `kernels` is None where torch must do everything.
 
-    Words are what the kernels read and what quantised K/V need; rows are what torch reads fastest.
+    Words are what the kernels read and what quantised K/V need; rows are what torch reads fastest. Raises
+    UnsupportedModelError for a mode that there is not without kernels.
     """
-    reads_pages = kernels is not None and mode in (Mode.NATIVE, Mode.HYBRID)
+    if mode is Mode.LATENT and kernels is None:
+        raise UnsupportedModelError(
+            "mode='latent' needs the CPU kernels, which are not in use: see `kvkeep doctor`, or use "
+            "mode='auto'"
+        )
+    reads_pages = kernels is not None and mode in READS_PAGES
     has_formats = any(group.formats for group in spec.groups)
     arenas = ArenaGroups(
         spec,

@@ -1,4 +1,4 @@
-"""A model whose K/V lie in the arena: computes spans of many requests in one of four modes.
+"""A model whose K/V lie in the arena: computes spans of many requests in one of five modes.
 
 Legend: T packed tokens, R rows of logits asked for, V vocabulary.
 """
@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvkeep.arena import ArenaGroups, RecurrentState
-from kvkeep.attention import AttentionBackend, GroupInputs, Item
+from kvkeep.attention import AttentionBackend, GroupInputs, Item, NativeAttention
 from kvkeep.cache import Lease
 from kvkeep.hf.geometry import ModelGeometry, text_config
-from kvkeep.hf.hooks import decoder_configs, installed, register
+from kvkeep.hf.hooks import decoder_configs, installed, register, running
+from kvkeep.hf.latent_cache import LatentStepCache, find_expansions
 from kvkeep.hf.states import split_states, stack_states
 from kvkeep.hf.step_cache import DenseStepCache, PackedStepCache, layer_stubs
 from kvkeep.spec import LayerKind, Span
@@ -29,7 +30,8 @@ class Mode(StrEnum):
     """How a model is run: the first that passes the self-test, in this order."""
 
     NATIVE = "native"  # attention reads pages; all segments of a step in one forward
-    GATHER = "gather"  # the same, with K/V handed back to the model, which transforms them
+    LATENT = "latent"  # the same over MLA latents, with what expands them absorbed into the queries
+    GATHER = "gather"  # as native, with K/V handed back to the model, which transforms them
     HYBRID = "hybrid"  # native attention beside recurrent states; a forward for each segment
     DENSE = "dense"  # the model's own attention over dense K/V; a forward for each segment
 
@@ -75,6 +77,7 @@ class PagedModel:
         self._stubs = layer_stubs(geometry)
         config = text_config(model)
         num_states = getattr(config, "number_of_conv_states", 1)
+        self._layer_to_expansion = find_expansions(model, geometry) if mode is Mode.LATENT else {}
         self._num_states = dict.fromkeys(geometry.recurrent_layers, num_states)
         self._state_group = next(
             (at for at, g in enumerate(geometry.spec.groups) if g.kind is LayerKind.RECURRENT), None
@@ -96,7 +99,7 @@ class PagedModel:
             for item in work
             for span in item.spans
         ]
-        if self.mode in (Mode.NATIVE, Mode.GATHER):
+        if self.mode in (Mode.NATIVE, Mode.LATENT, Mode.GATHER):
             return self._run_packed(segments)
         rows: dict[int, Tensor] = {}
         for batch in self._batches(segments):
@@ -121,16 +124,31 @@ class PagedModel:
     def _run_packed(self, segments: Sequence[_Segment]) -> Tensor:
         positions = [p for seg in segments for p in range(seg.span.start, seg.span.stop)]
         positions_1T = torch.tensor([positions], device=self.device)
-        cache = PackedStepCache(
-            self.geometry,
-            self._backend,
-            self._group_inputs(segments),
-            self._stubs,
-            gathers=self.mode is Mode.GATHER,
-            offsets_T=self._index_offsets(positions_1T),
-        )
+        cache = self._packed_cache(self._group_inputs(segments), self._index_offsets(positions_1T))
         with installed(self._configs, cache):
             return self._call(segments, positions_1T, cache)
+
+    def _packed_cache(
+        self, groups: Sequence[GroupInputs | None], offsets_T: Tensor | None
+    ) -> PackedStepCache:
+        if self.mode is Mode.LATENT:
+            assert isinstance(self._backend, NativeAttention)
+            return LatentStepCache(
+                self.geometry,
+                self._backend,
+                groups,
+                self._stubs,
+                layer_to_expansion=self._layer_to_expansion,
+                offsets_T=offsets_T,
+            )
+        return PackedStepCache(
+            self.geometry,
+            self._backend,
+            groups,
+            self._stubs,
+            gathers=self.mode is Mode.GATHER,
+            offsets_T=offsets_T,
+        )
 
     def _run_hybrid(self, segments: Sequence[_Segment]) -> Tensor:
         state_layers = self._load_states(segments)
@@ -155,7 +173,8 @@ class PagedModel:
             [state_layers.get(at, stub) for at, stub in enumerate(self._stubs)],
             span=segments[0].span,
         )
-        logits_RV = self._call(segments, self._positions(segments), cache)
+        with running():
+            logits_RV = self._call(segments, self._positions(segments), cache)
         self._save_states(segments, state_layers)
         return logits_RV
 

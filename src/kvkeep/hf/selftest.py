@@ -17,7 +17,8 @@ from kvkeep.blocks import Namespace, TokenChain
 from kvkeep.cache import KVCache, Lease
 from kvkeep.errors import UnsupportedModelError
 from kvkeep.hf.geometry import ModelGeometry, text_config
-from kvkeep.hf.memory import allocate_memory, kernels_can_serve
+from kvkeep.hf.latent_cache import has_latents
+from kvkeep.hf.memory import READS_PAGES, allocate_memory, kernels_can_serve
 from kvkeep.hf.paged_model import Mode, PagedModel, Work
 from kvkeep.native import Kernels
 from kvkeep.planning import cut_spans
@@ -89,9 +90,9 @@ def choose_mode(
     device = next(model.parameters()).device
     if kernels is not None and not kernels_can_serve(geometry.spec, device):
         kernels = None
-    for mode in _candidates(geometry) if asked == "auto" else [Mode(asked)]:
-        reads_pages = mode in (Mode.NATIVE, Mode.HYBRID)
-        for own in (kernels, None) if kernels is not None and reads_pages else (None,):
+    candidates = _candidates(model, geometry, kernels)
+    for mode in candidates if asked == "auto" else [Mode(asked)]:
+        for own in (kernels, None) if kernels is not None and mode in READS_PAGES else (None,):
             trial = _try(model, geometry, mode, truth, own)
             trials.append(trial)
             if trial.error is not None and trial.error <= truth.tolerance:
@@ -108,9 +109,13 @@ def choose_mode(
     )
 
 
-def _candidates(geometry: ModelGeometry) -> list[Mode]:
+def _candidates(
+    model: PreTrainedModel, geometry: ModelGeometry, kernels: Kernels | None
+) -> list[Mode]:
     if geometry.recurrent_layers:
         return [Mode.HYBRID, Mode.DENSE]
+    if kernels is not None and has_latents(model, geometry):
+        return [Mode.LATENT, Mode.GATHER, Mode.DENSE]
     return [Mode.NATIVE, Mode.GATHER, Mode.DENSE]
 
 

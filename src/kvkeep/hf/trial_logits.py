@@ -38,7 +38,7 @@ class Served:
     @property
     def is_packed(self) -> bool:
         """Whether one forward computes any spans."""
-        return self.mode in (Mode.NATIVE, Mode.GATHER)
+        return self.mode in (Mode.NATIVE, Mode.LATENT, Mode.GATHER)
 
 
 def trial_logits(

@@ -6,14 +6,16 @@ import torch
 from transformers import PreTrainedModel
 
 from kvkeep.config import EngineSettings
-from kvkeep.hf.format_probe import FormatProbe, is_quantised, measure_basis, probe_format
-from kvkeep.hf.geometry import ModelGeometry, measure_geometry, text_config
+from kvkeep.hf.format_probe import FormatProbe
+from kvkeep.hf.geometry import ModelGeometry, measure_geometry
+from kvkeep.hf.kv_formats import asked_formats, measure_format, needs_measuring
+from kvkeep.hf.latent_cache import has_latents
 from kvkeep.hf.linear import LinearChoice, install_linears, uninstall_linears
 from kvkeep.hf.paged_model import Mode
 from kvkeep.hf.selftest import SelfTest, choose_mode
 from kvkeep.hf.trial_logits import Served
 from kvkeep.native import Kernels, KernelsAbsent, load_kernels
-from kvkeep.spec import KVSpec, with_format
+from kvkeep.spec import with_format
 
 __all__ = ["Verdict", "judge"]
 
@@ -48,29 +50,23 @@ def judge(model: PreTrainedModel, settings: EngineSettings) -> Verdict:
     """
     model.eval()
     geometry = measure_geometry(model, settings.block_size)
-    spec = _asked_spec(geometry.spec, settings)
+    spec = asked_formats(geometry.spec, settings)
     kernels = _find_kernels(settings, next(model.parameters()).device)
     linears = _install_linears(model, kernels)
     if not settings.self_test:
-        mode = _untested_mode(geometry, settings.mode)
+        mode = _untested_mode(model, geometry, settings.mode, kernels)
         return Verdict(replace(geometry, spec=spec), mode, kernels, linears, None, None)
     self_test = choose_mode(model, geometry, settings.mode, _usable(kernels))
     kernels = _unless_refused(kernels, self_test)
     if isinstance(kernels, KernelsAbsent):
         linears = _install_linears(model, kernels)
     probe = None
-    if settings.kv_exact_layers == "auto" and is_quantised(spec):
+    if needs_measuring(spec, settings):
         served = Served(model, geometry, self_test.mode, _usable(kernels))
-        probe = probe_format(served, settings.kv_format, measure_basis(served))
-        probe.check(text_config(model).model_type, len(geometry.places), spec.dtype)
+        probe = measure_format(served, settings.kv_format)
         spec = with_format(spec, settings.kv_format, exact_layers=probe.exact_layers)
     geometry = replace(geometry, spec=spec)
     return Verdict(geometry, self_test.mode, kernels, linears, self_test, probe)
-
-
-def _asked_spec(spec: KVSpec, settings: EngineSettings) -> KVSpec:
-    layers = () if isinstance(settings.kv_exact_layers, str) else settings.kv_exact_layers
-    return with_format(spec, settings.kv_format, exact_layers=layers)
 
 
 def _find_kernels(settings: EngineSettings, device: torch.device) -> Kernels | KernelsAbsent:
@@ -91,7 +87,7 @@ def _install_linears(
     if isinstance(kernels, KernelsAbsent):
         uninstall_linears(model)  # an engine before this one may have left some
         return ()
-    return tuple(install_linears(model, kernels))
+    return tuple(install_linears(model, kernels, kernels.linear_trials))
 
 
 def _unless_refused(
@@ -109,7 +105,11 @@ def _unless_refused(
     return KernelsAbsent(f"the self-test refused them: {reason}")
 
 
-def _untested_mode(geometry: ModelGeometry, asked: str) -> Mode:
+def _untested_mode(
+    model: PreTrainedModel, geometry: ModelGeometry, asked: str, kernels: Kernels | KernelsAbsent
+) -> Mode:
     if asked != "auto":
         return Mode(asked)
+    if has_latents(model, geometry):
+        return Mode.GATHER if isinstance(kernels, KernelsAbsent) else Mode.LATENT
     return Mode.HYBRID if geometry.recurrent_layers else Mode.NATIVE

@@ -4,12 +4,14 @@ The kernels live in `native/` as a shared library with a plain C interface. They
 compiler kvkeep is installed without them, and `load_kernels` says why they are absent.
 """
 
+from kvkeep.native.huge_pages import advise_huge_pages
 from kvkeep.native.kernels import MOST_QUERIES, Kernels, load_kernels
 from kvkeep.native.library import KernelsAbsent
-from kvkeep.native.refs import ArenaRef, ItemsRef, SlotsRef, TermsRef
+from kvkeep.native.refs import MOST_DIM, ArenaRef, ItemsRef, SlotsRef, TermsRef
 from kvkeep.native.structs import Format, Isa, ReadKind
 
 __all__ = [
+    "MOST_DIM",
     "MOST_QUERIES",
     "ArenaRef",
     "Format",
@@ -20,5 +22,6 @@ __all__ = [
     "ReadKind",
     "SlotsRef",
     "TermsRef",
+    "advise_huge_pages",
     "load_kernels",
 ]

@@ -2,11 +2,13 @@
 
 Every method checks what would otherwise read or write outside of a tensor, and costs a few microseconds.
 Methods may be called from several threads. Legend: T rows (tokens), H query heads, K key/value heads, D head
-size; M rows, K inputs and N outputs of a linear layer.
+size; M rows, K inputs and N outputs of a linear layer, X any leading dims of M rows together.
 """
 
+from collections.abc import Callable
 from ctypes import c_void_p
-from typing import NoReturn
+from math import prod
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -61,8 +63,19 @@ class Kernels:
         self._write = functions.kvkeep_write
         self._read = functions.kvkeep_read
         self._attend = functions.kvkeep_attend
+        self._attend_latent = functions.kvkeep_attend_latent
         self._linear = functions.kvkeep_linear
+        self._measured = library.measured
         self._num_threads = torch.get_num_threads()
+
+    @property
+    def linear_trials(self) -> dict[Any, Any]:
+        """What was measured of `linear` in this process, with this instruction set and number of threads.
+
+        Keys and values are those of who measures; a library that is loaded again has the same ones.
+        """
+        trials: dict[Any, Any] = self._measured.setdefault((self.isa, self._num_threads), {})
+        return trials
 
     @property
     def num_threads(self) -> int:
@@ -137,45 +150,68 @@ class Kernels:
         q has the arena's k_dim, out its v_dim, both one dtype. What an item gets does not depend, to the
         last bit, on the other items or on num_threads.
         """
+        dims = (arena.k_dim, arena.v_dim)
+        self._attend_with(self._attend, dims, arena, layer, items, terms, (q_THD, out_THD))
+
+    def attend_latent(
+        self,
+        arena: ArenaRef,
+        layer: int,
+        items: ItemsRef,
+        terms: TermsRef,
+        q_THD: Tensor,
+        out_THD: Tensor,
+    ) -> None:
+        """The same over MLA latents: the arena's keys, whose rotated dims are its values.
+
+        q has k_dim + v_dim dims, those absorbed into the latent first; out has the latent's k_dim.
+        """
+        dims = (arena.k_dim + arena.v_dim, arena.k_dim)
+        self._attend_with(self._attend_latent, dims, arena, layer, items, terms, (q_THD, out_THD))
+
+    def _attend_with(
+        self,
+        function: Callable[..., int],
+        dims: tuple[int, int],
+        arena: ArenaRef,
+        layer: int,
+        items: ItemsRef,
+        terms: TermsRef,
+        rows: tuple[Tensor, Tensor],
+    ) -> None:
+        q_THD, out_THD = rows
         num_heads = q_THD.shape[1]
         if terms.num_heads is not None and terms.num_heads != num_heads:
             raise KernelError(f"q_THD {_describe(q_THD)}, but terms for {terms.num_heads} heads")
-        shape = (items.num_rows, num_heads)
-        code = self._attend(
+        code = function(
             arena.address, layer, items.address, terms.address, num_heads,
-            _rows("q_THD", q_THD, (*shape, arena.k_dim)),
-            _rows("out_THD", out_THD, (*shape, arena.v_dim)),
+            _rows("q_THD", q_THD, (items.num_rows, num_heads, dims[0])),
+            _rows("out_THD", out_THD, (items.num_rows, num_heads, dims[1])),
             self._num_threads,
         )  # fmt: skip
         if code:
-            _refuse(
-                "attend",
-                code,
-                layer=layer,
-                items=items.num_items,
-                q=q_THD,
-                out=out_THD,
-                arena=arena,
-            )
+            found = {"layer": layer, "items": items.num_items, "q": q_THD, "out": out_THD}
+            _refuse("attend", code, **found, arena=arena)
 
     def linear(
-        self, weight_NK: Tensor, bias_N: Tensor | None, x_MK: Tensor, out_MN: Tensor
+        self, weight_NK: Tensor, bias_N: Tensor | None, x_XK: Tensor, out_XN: Tensor
     ) -> None:
         """Compute out = x @ weight.T + bias for up to MOST_QUERIES rows; all bf16, contiguous."""
         num_outputs, num_inputs = weight_NK.shape
-        num_rows, num_columns = x_MK.shape
-        if num_columns != num_inputs or not (_is_dense(weight_NK) and _is_dense(x_MK)):
-            _refuse_matrices(weight_NK, x_MK)
-        if out_MN.shape != (num_rows, num_outputs) or not _is_dense(out_MN):
-            _refuse_matrices(weight_NK, x_MK, out_MN=out_MN)
+        *leading, num_columns = x_XK.shape
+        if num_columns != num_inputs or not (_is_dense(weight_NK) and _is_dense(x_XK)):
+            _refuse_matrices(weight_NK, x_XK)
+        if out_XN.shape != (*leading, num_outputs) or not _is_dense(out_XN):
+            _refuse_matrices(weight_NK, x_XK, out_XN=out_XN)
         if bias_N is not None and (bias_N.shape != (num_outputs,) or not _is_dense(bias_N)):
-            _refuse_matrices(weight_NK, x_MK, bias_N=bias_N)
+            _refuse_matrices(weight_NK, x_XK, bias_N=bias_N)
         code = self._linear(
             weight_NK.data_ptr(), None if bias_N is None else bias_N.data_ptr(),
-            x_MK.data_ptr(), out_MN.data_ptr(), num_outputs, num_inputs, num_rows, self._num_threads,
+            x_XK.data_ptr(), out_XN.data_ptr(),
+            num_outputs, num_inputs, prod(leading), self._num_threads,
         )  # fmt: skip
         if code:
-            _refuse("linear", code, weight=weight_NK, x=x_MK)
+            _refuse("linear", code, weight=weight_NK, x=x_XK)
 
 
 def _rows(name: str, rows: Tensor, shape: tuple[int, int, int]) -> bytes:
@@ -192,8 +228,8 @@ def _is_dense(matrix: Tensor) -> bool:
     return matrix.dtype is _BF16 and matrix.is_cpu and matrix.is_contiguous()
 
 
-def _refuse_matrices(weight_NK: Tensor, x_MK: Tensor, **others: Tensor) -> NoReturn:
-    matrices = {"weight_NK": weight_NK, "x_MK": x_MK} | others
+def _refuse_matrices(weight_NK: Tensor, x_XK: Tensor, **others: Tensor) -> NoReturn:
+    matrices = {"weight_NK": weight_NK, "x_XK": x_XK} | others
     found = [f"{name} {_describe(matrix)}" for name, matrix in matrices.items()]
     raise KernelError(f"{', '.join(found)}: not contiguous bf16 on the CPU of shapes that fit")
 

@@ -5,9 +5,10 @@ import os
 from collections.abc import Callable
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -33,6 +34,9 @@ _NAME_TO_ARGUMENTS = {
     "kvkeep_attend": (
         c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_char_p, c_char_p, c_int32,
     ),
+    "kvkeep_attend_latent": (
+        c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_char_p, c_char_p, c_int32,
+    ),
     "kvkeep_linear": (
         c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32,
     ),
@@ -50,18 +54,22 @@ class KernelsAbsent:
 class Library:
     """The loaded library, its functions declared, and the instruction set that it uses.
 
-    That choice belongs to the library: who loads it again with another limit changes it for all.
+    That choice belongs to the library: who loads it again with another limit changes it for all. So does
+    `measured`, what was measured of the functions in this process: however often it is loaded, a file is one
+    library.
     """
 
     functions: ctypes.CDLL
     isa: Isa
+    measured: dict[Any, Any]
 
 
 def load_library() -> Library | KernelsAbsent:
     """Load the library that was installed with kvkeep, or the one that KVKEEP_NATIVE_LIBRARY names.
 
-    KVKEEP_ISA keeps it to an instruction set and those below it. Raises ConfigError when one of the two has
-    a value it cannot have; a library that was not built, or cannot be used, is a KernelsAbsent.
+    KVKEEP_ISA keeps it to an instruction set and those below it, and AMX is used only where it says so.
+    Raises ConfigError when one of the two has a value it cannot have; a library that was not built, or cannot
+    be used, is a KernelsAbsent.
     """
     limit = _isa_limit()
     path = _library_path()
@@ -77,11 +85,22 @@ def load_library() -> Library | KernelsAbsent:
             _declare(functions, name)
     except (OSError, AttributeError) as error:  # not loadable; a function is missing
         return KernelsAbsent(f"{path} cannot be used: {error}")
-    return Library(functions, Isa(functions.kvkeep_use_isa(limit)))
+    if limit is None:
+        limit = Isa(functions.kvkeep_best_isa())
+    return Library(functions, Isa(functions.kvkeep_use_isa(limit)), _measured(path))
 
 
-def _isa_limit() -> Isa:
-    wanted = os.environ.get(ISA_VARIABLE, Isa(max(Isa)).name)
+@cache
+def _measured(_path: Path) -> dict[Any, Any]:
+    """What was measured of the library in that file; nothing at first."""
+    return {}
+
+
+def _isa_limit() -> Isa | None:
+    """What KVKEEP_ISA says, if anything."""
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted is None:
+        return None
     try:
         return Isa[wanted.upper()]
     except KeyError:

@@ -21,8 +21,11 @@ from kvkeep.native.structs import (
     TermsStruct,
 )
 
-__all__ = ["ArenaRef", "ItemsRef", "SlotsRef", "TermsRef"]
+__all__ = ["MOST_DIM", "ArenaRef", "ItemsRef", "SlotsRef", "TermsRef"]
 __all__ += ["arena_ref", "items_ref", "slots_ref", "terms_ref"]
+
+# The largest head size of keys or values.
+MOST_DIM = 2048
 
 _FORMAT_TO_BITS = {
     Format.F32: 32,
@@ -92,10 +95,12 @@ def arena_ref(
     """An arena whose block i is row i of the contiguous tensor `blocks_NE`, of any dtype.
 
     The other lists have one entry for each layer. `k_signs_D` and `v_signs_D` (float32, 1 and -1) give the
-    head sizes. Raises KernelError where a layer would not lie inside its block.
+    head sizes, at most MOST_DIM. Raises KernelError where a layer would not lie inside its block.
     """
     num_layers = len(layer_offsets_bytes)
     k_dim, v_dim = k_signs_D.numel(), v_signs_D.numel()
+    if max(k_dim, v_dim) > MOST_DIM:
+        raise KernelError(f"k_dim={k_dim}, v_dim={v_dim}: kernels take at most {MOST_DIM}")
     for name, signs_D in (("k_signs_D", k_signs_D), ("v_signs_D", v_signs_D)):
         _check(name, signs_D, torch.float32)
     if not (blocks_NE.is_cpu and blocks_NE.is_contiguous() and blocks_NE.data_ptr() % 4 == 0):

@@ -7,7 +7,7 @@ from struct import Struct
 __all__ = ["ABI", "ArenaStruct", "Format", "Isa", "ItemsStruct", "ReadKind"]
 __all__ += ["ReturnCode", "RowsStruct", "SlotsStruct", "TermsStruct", "pack_rows"]
 
-ABI = 1
+ABI = 2
 
 
 class Format(IntEnum):
@@ -22,12 +22,13 @@ class Format(IntEnum):
 
 
 class Isa(IntEnum):
-    """Instruction sets, each containing the ones before it."""
+    """Instruction sets, each containing the ones before it. AMX is used only where it is asked for."""
 
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
     AVX512_BF16 = 3
+    AMX = 4
 
 
 class ReadKind(IntEnum):
