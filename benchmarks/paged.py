@@ -71,7 +71,7 @@ class PagedKV:
             rows_of=partial(NativeWordRows, kernels),
         )
         self._arena.storage.zero_()
-        self._ref = native_arena(kernels, self._arena.storage, self._arena.layout)
+        self._ref = native_arena(kernels, self._arena)
         self._terms = kernels.terms(heads.dim**-0.5)
 
     @property

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvkeep.arena import ArenaGroups, Slots, WordArena, native_arena
+from kvkeep.arena import ArenaGroups, Slots, SplitArena, WordArena, native_arena
 from kvkeep.attention import AttentionTerms, Item, NativeAttention
 from kvkeep.native import MOST_QUERIES, ArenaRef, ItemsRef, Kernels
 from kvkeep.spec import BlockId, GroupSpec, KVFormat, KVSpec, LayerFormat, LayerKind, Span
@@ -34,7 +34,10 @@ class Length:
 
 @dataclass(frozen=True)
 class Case:
-    """A step. `prefix` blocks are shared by some items; `has_nan` says what lies where nobody wrote."""
+    """A step. `prefix` blocks are shared by some items; `has_nan` says what lies where nobody wrote.
+
+    With `is_first_apart` first blocks are float32, where the group reads all positions.
+    """
 
     spec: GroupSpec
     block_size: int
@@ -47,6 +50,7 @@ class Case:
     has_sinks: bool
     sharpness: float
     seed: int
+    is_first_apart: bool = False
 
     def terms(self) -> AttentionTerms:
         """The terms of the layer."""
@@ -81,19 +85,24 @@ class Step:
         spec, size = case.spec, case.block_size
         spans = [_span_of(case, length) for length in case.lengths]
         num_blocks = case.prefix + 3 + sum(-(-span.stop // size) for span in spans)
+        kv_spec = KVSpec(
+            groups=(spec,), block_size=size, dtype="float32", exact_first_block=case.is_first_apart
+        )
         arenas = ArenaGroups(
-            KVSpec(groups=(spec,), block_size=size, dtype="float32"),
-            [num_blocks],
+            kv_spec,
+            [num_blocks] + [len(spans) + 2] * len(kv_spec.first_block_groups),
             dtype=torch.float32,
             device=CPU,
             layout="words",
         )
         arena = arenas.arenas[0]
-        assert isinstance(arena, WordArena)
+        assert isinstance(arena, WordArena | SplitArena)
         self.arena = arena
         self._poison()
         self._free = [BlockId(at) for at in self._rng.sample(range(num_blocks), num_blocks)]
-        prefix = [self._free.pop() for _ in range(case.prefix)]
+        first_ids = range(num_blocks, arena.num_blocks)
+        self._free_first = [BlockId(at) for at in self._rng.sample(first_ids, len(first_ids))]
+        prefix = [self._take(number) for number in range(case.prefix)]
         self._write(prefix, 0, case.prefix * size)
         self.items: list[Item] = []
         for length, span in zip(case.lengths, spans, strict=True):
@@ -106,7 +115,7 @@ class Step:
         self.q_1HTD = torch.randn(1, num_heads, num_tokens, q_dim).to(case.dtype)
         self.terms = case.terms()
         self.backend = NativeAttention(arenas, kernels)
-        self.ref: ArenaRef = native_arena(kernels, arena.storage, arena.layout)
+        self.ref: ArenaRef = native_arena(kernels, arena)
 
     def attend(self) -> Tensor:
         """What the backend computes, [T, H, D of v]."""
@@ -178,13 +187,21 @@ class Step:
     def _poison(self) -> None:
         if self.case.has_nan:
             self.arena.fill([BlockId(at) for at in range(self.arena.num_blocks)], float("nan"))
-        else:  # numbers of every size, infinite ones and NaN among them
-            self.arena.storage.random_(256)
+            return
+        arena = self.arena
+        parts = (arena.rest, arena.first) if isinstance(arena, SplitArena) else (arena,)
+        for part in parts:  # numbers of every size, infinite ones and NaN among them
+            part.storage.random_(256)
+
+    def _take(self, number: int) -> BlockId:
+        """A block for a place in a table."""
+        is_first = number == 0 and isinstance(self.arena, SplitArena)
+        return (self._free_first if is_first else self._free).pop()
 
     def _table(self, span: Span, prefix: list[BlockId]) -> list[BlockId | None]:
         """The blocks of an item; what lies before its window is given back, and the rest written."""
         size, first = self.case.block_size, self.case.spec.first_needed(span.start)
-        own = [self._free.pop() for _ in range(len(prefix), -(-span.stop // size))]
+        own = [self._take(number) for number in range(len(prefix), -(-span.stop // size))]
         blocks = [None if (at + 1) * size <= first else b for at, b in enumerate([*prefix, *own])]
         self._write(blocks, max(first, len(prefix) * size), span.stop)
         return blocks
@@ -263,4 +280,5 @@ def cases(
         has_sinks=draw(st.booleans()),
         sharpness=draw(st.sampled_from([1.0, 0.2, 3.0, -1.0])),
         seed=draw(st.integers(0, 2**31)),
+        is_first_apart=draw(st.booleans()),
     )

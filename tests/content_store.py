@@ -5,12 +5,13 @@ the first one on, and so equal position. A recurrent state holds the prefix that
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
 from kvkeep.blocks import Namespace, TokenChain
 from kvkeep.cache import KVCache, Lease
-from kvkeep.spec import BlockId, GroupSpec, KVSpec, LayerKind, Span
+from kvkeep.spec import BlockId, GroupSpec, KVFormat, KVSpec, LayerFormat, LayerKind, Span
 
 # What no query may ever read.
 UNWRITTEN = -1
@@ -19,11 +20,14 @@ UNWRITTEN = -1
 class ContentStore:
     """A BlockStore that remembers, for every slot of every group, which prefix is there."""
 
-    def __init__(self, spec: KVSpec, group_num_blocks: Sequence[int]) -> None:
+    def __init__(self, spec: KVSpec, class_num_blocks: Sequence[int]) -> None:
         self.spec = spec
+        self.num_rest = class_num_blocks[: len(spec.groups)]
+        firsts = class_num_blocks[len(spec.groups) :]
+        num_first = dict(zip(spec.first_block_groups, firsts, strict=True))
         self.slots = [
-            [[UNWRITTEN] * self._slots_of(group) for _ in range(num_blocks)]
-            for group, num_blocks in zip(spec.groups, group_num_blocks, strict=True)
+            [[UNWRITTEN] * self._slots_of(group) for _ in range(num_rest + num_first.get(at, 0))]
+            for at, (group, num_rest) in enumerate(zip(spec.groups, self.num_rest, strict=True))
         ]
         self._prefixes: dict[tuple[bytes | int, int], int] = {}
 
@@ -31,6 +35,8 @@ class ContentStore:
         return 1 if group.kind is LayerKind.RECURRENT else self.spec.block_size
 
     def copy_block(self, group: int, source: BlockId, target: BlockId) -> None:
+        num_rest = self.num_rest[group]
+        assert (source < num_rest) == (target < num_rest), "a copy into another arena"
         self.slots[group][target] = self.slots[group][source][:]
 
     def reset_state(self, group: int, block: BlockId) -> None:
@@ -54,11 +60,11 @@ class CheckedCache:
     """A KVCache over a ContentStore, stepped as an engine would, watched at every read and write."""
 
     def __init__(
-        self, spec: KVSpec, group_num_blocks: Sequence[int], *, policy: str = "lru"
+        self, spec: KVSpec, class_num_blocks: Sequence[int], *, policy: str = "lru"
     ) -> None:
         self.spec = spec
-        self.store = ContentStore(spec, group_num_blocks)
-        self.cache = KVCache(spec, group_num_blocks, self.store, policy=policy)
+        self.store = ContentStore(spec, class_num_blocks)
+        self.cache = KVCache(spec, class_num_blocks, self.store, policy=policy)
         self.ledgers = self.cache._ledgers
 
     def chain(self, token_ids: Sequence[int], salt: str = "") -> TokenChain:
@@ -136,6 +142,8 @@ class CheckedCache:
                     continue
                 block = table.blocks[number]
                 assert block is not None, f"nowhere to write position {position}"
+                is_apart = number == 0 and group in self.spec.first_block_groups
+                assert (block >= self.store.num_rest[group]) == is_apart, "in another arena"
                 assert self.ledgers[group].is_private(block), f"block {block} is not private"
                 slots[block][offset] = prefixes[position + 1]
 
@@ -220,6 +228,12 @@ def full(name: str = "full") -> GroupSpec:
     return _attention(name, LayerKind.FULL, None)
 
 
+def quantised(name: str = "quantised") -> GroupSpec:
+    """The same in eight bits."""
+    int8 = LayerFormat(KVFormat.INT8, KVFormat.INT8)
+    return replace(full(name), formats=(int8,))
+
+
 def sliding(window: int, name: str = "sliding") -> GroupSpec:
     """A group that reads the last `window` positions."""
     return _attention(name, LayerKind.SLIDING, window)
@@ -236,8 +250,8 @@ def recurrent(name: str = "recurrent") -> GroupSpec:
 
 
 def spec_of(*groups: GroupSpec, block_size: int = 4) -> KVSpec:
-    """A model of these groups."""
-    return KVSpec(groups=groups, block_size=block_size, dtype="float32")
+    """A model of these groups; first blocks of quantised ones lie apart."""
+    return KVSpec(groups=groups, block_size=block_size, dtype="float32", exact_first_block=True)
 
 
 def _attention(name: str, kind: LayerKind, window: int | None) -> GroupSpec:

@@ -66,7 +66,11 @@ enum {
 enum { KVKEEP_FULL = 0, KVKEEP_SLIDING = 1, KVKEEP_CHUNKED = 2 };
 
 // The arena of one KV group. Formats and offsets (bytes from a block's begin) are one for each layer.
-typedef struct {
+//
+// `first_blocks`, if not null, is an arena of the same sizes but other formats, which has none itself. The block of
+// positions 0 .. block_size - 1 of every item lies there, and no other one does; its block i has the id
+// num_blocks + i.
+typedef struct KvkeepArena {
   uint8_t *base;
   int64_t num_blocks;
   int64_t block_bytes;
@@ -80,6 +84,7 @@ typedef struct {
   const int32_t *v_formats;
   const float *k_signs;  // [k_dim] of 1 and -1
   const float *v_signs;  // [v_dim]
+  const struct KvkeepArena *first_blocks;
 } KvkeepArena;
 
 // A tensor [rows][heads][dim], the last dim contiguous; strides count elements.
@@ -128,7 +133,8 @@ KVKEEP_EXPORT int32_t kvkeep_best_isa(void);
 // Use an instruction set no better than `isa` from now on; returns the one in use.
 KVKEEP_EXPORT int32_t kvkeep_use_isa(int32_t isa);
 
-// Whether every block of the tables that the items read lies in the arena, and every row below num_rows.
+// Whether every block of the tables that the items read lies in the arena, first blocks in theirs, and every row
+// below num_rows.
 KVKEEP_EXPORT int32_t kvkeep_check_items(const KvkeepArena *arena, const KvkeepItems *items,
                                          int64_t num_rows);
 
@@ -161,7 +167,7 @@ KVKEEP_EXPORT int32_t kvkeep_attend_latent(const KvkeepArena *arena, int32_t lay
                                            const KvkeepRows *out, int32_t num_threads);
 
 // out[m][n] = sum_k x[m][k] * weight[n][k] + bias[n], all bf16, rows contiguous, sums in float; bias may be
-// null, 1 <= num_rows <= 16.
+// null, 1 <= num_rows <= 32.
 KVKEEP_EXPORT int32_t kvkeep_linear(const uint16_t *weight, const uint16_t *bias, const uint16_t *x,
                                     uint16_t *out, int64_t num_outputs, int64_t num_inputs,
                                     int32_t num_rows, int32_t num_threads);

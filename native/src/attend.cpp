@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "arenas.h"
 #include "attend_latent.h"
 #include "generic/numbers.h"
 #include "items.h"
@@ -70,7 +71,11 @@ void prepare_query(const Attention &a, const KvkeepRows &q, int kv_head, int que
     const std::size_t to = (kv_head * num_queries + query) * a.group_size + g;
     Numbers<Isa>::load(row_begin(q, a.plan->query_rows[query], kv_head * a.group_size + g), q.dtype,
                        k_dim, x);
-    a.keys->prepare_query(x, k_dim, a.arena->k_signs, a.is_bf16, a.queries + to * a.query_bytes);
+    for (int i = 0; i <= a.is_first_apart; ++i) {
+      const Tiles &tiles = a.tiles[i];
+      tiles.keys->prepare_query(x, k_dim, tiles.arena->k_signs, a.is_bf16,
+                                tiles.queries + to * tiles.query_bytes);
+    }
     if (!a.is_latent) continue;
     const int v_dim = a.arena->v_dim;
     Numbers<Isa>::load(row_begin(q, a.plan->query_rows[query], kv_head * a.group_size + g, k_dim),
@@ -80,15 +85,39 @@ void prepare_query(const Attention &a, const KvkeepRows &q, int kv_head, int que
   }
 }
 
+// What the units of an item found for one of its rows.
+struct ItemRow {
+  const Attention &a;
+  const Part *parts;
+  const int kv_head, query, g;
+
+  const Unit &unit(int i) const { return a.plan->units[parts[i].unit]; }
+  std::int64_t partial(int i) const {
+    return a.partial_row(unit(i), kv_head, parts[i].first_query + query) + g;
+  }
+
+  // Sums parts first .. last - 1, which are of one format, in place of the first one.
+  float *sum(int first, int last, float most, float &total) const {
+    const int dim = a.out_dim;
+    float *out = a.acc + partial(first) * dim;
+    for (int i = first; i < last; ++i) {
+      const std::int64_t row = partial(i);
+      const float weight = a.totals[row] == 0 ? 0 : std::exp2(a.most[row] - most);
+      const float *acc = a.acc + row * dim;
+      total += weight * a.totals[row];
+      for (int d = 0; d < dim; ++d) out[d] = (i == first ? 0 : out[d]) + weight * acc[d];
+    }
+    const Tiles &tiles = a.tiles_of(unit(first));
+    tiles.values->finish(out, dim, tiles.arena->v_signs);
+    return out;
+  }
+};
+
 // Sums what the units of an item found for one of its rows, in place; returns it.
 float *merge_row(const Attention &a, int item, int kv_head, int query, int g) {
   const int dim = a.out_dim;
-  const Part *parts = a.plan->parts.data() + a.plan->item_parts[item];
+  const ItemRow row{a, a.plan->parts.data() + a.plan->item_parts[item], kv_head, query, g};
   const int num_parts = a.plan->item_parts[item + 1] - a.plan->item_parts[item];
-  const auto partial = [&](int i) {
-    const Unit &unit = a.plan->units[parts[i].unit];
-    return a.partial_row(unit, kv_head, parts[i].first_query + query) + g;
-  };
   const int head = kv_head * a.group_size + g;
   float sink = a.terms->sinks == nullptr ? -INFINITY : a.terms->sinks[head];
   // Units count the positions of ALiBi from the query's.
@@ -97,17 +126,15 @@ float *merge_row(const Attention &a, int item, int kv_head, int query, int g) {
   }
   sink *= 1.44269504f;  // partial results count in powers of two
   float most = sink;
-  for (int i = 0; i < num_parts; ++i) most = std::max(most, a.most[partial(i)]);
+  for (int i = 0; i < num_parts; ++i) most = std::max(most, a.most[row.partial(i)]);
   float total = sink == -INFINITY ? 0 : std::exp2(sink - most);
-  float *out = a.acc + partial(0) * dim;
-  for (int i = 0; i < num_parts; ++i) {
-    const std::int64_t row = partial(i);
-    const float weight = a.totals[row] == 0 ? 0 : std::exp2(a.most[row] - most);
-    const float *acc = a.acc + row * dim;
-    total += weight * a.totals[row];
-    for (int d = 0; d < dim; ++d) out[d] = (i == 0 ? 0 : out[d]) + weight * acc[d];
+  // A first block that lies apart has another format, so it is summed apart.
+  const int cut = a.is_first_apart && row.unit(0).begin == 0 ? 1 : num_parts;
+  float *out = row.sum(0, cut, most, total);
+  if (cut < num_parts) {
+    const float *rest = row.sum(cut, num_parts, most, total);
+    for (int d = 0; d < dim; ++d) out[d] += rest[d];
   }
-  a.values->finish(out, dim, a.arena->v_signs);
   const float scale = total == 0 ? 0 : 1 / total;
   for (int d = 0; d < dim; ++d) out[d] *= scale;
   return out;
@@ -161,49 +188,65 @@ bool is_dim(int dim) { return dim > 0 && dim % 8 == 0 && dim <= kMaxDim; }
 
 bool is_float(int dtype) { return dtype >= KVKEEP_F32 && dtype <= KVKEEP_BF16; }
 
+bool has_formats(const KvkeepArena &arena, int layer) {
+  const int k_format = arena.k_formats[layer], v_format = arena.v_formats[layer];
+  return k_format >= 0 && k_format < kNumFormats && v_format >= 0 && v_format < kNumFormats;
+}
+
 bool is_known(const KvkeepArena &arena, int layer, int num_heads, const KvkeepRows &q,
               const KvkeepRows &out, int num_threads) {
   if (layer < 0 || layer >= arena.num_layers || num_heads < 1 || arena.num_kv_heads < 1 ||
       num_heads % arena.num_kv_heads != 0 || num_threads < 1) {
     return false;
   }
-  const int k_format = arena.k_formats[layer];
-  const int v_format = arena.v_formats[layer];
   return arena.block_size > 0 && arena.block_size % 8 == 0 && is_dim(arena.k_dim) &&
-         is_dim(arena.v_dim) && k_format >= 0 && k_format < kNumFormats && v_format >= 0 &&
-         v_format < kNumFormats && is_float(q.dtype) && q.dtype == out.dtype;
+         is_dim(arena.v_dim) && has_formats(arena, layer) && is_float(q.dtype) &&
+         q.dtype == out.dtype &&
+         (arena.first_blocks == nullptr ||
+          (are_first_blocks(arena) && has_formats(*arena.first_blocks, layer)));
+}
+
+Tiles tiles_in(const KvkeepArena &arena, std::int64_t first_id, int layer, const Ops &ops) {
+  const int k_format = arena.k_formats[layer], v_format = arena.v_formats[layer];
+  Tiles tiles{};
+  tiles.arena = &arena;
+  tiles.first_id = first_id;
+  tiles.layer_offset = arena.layer_offsets[layer];
+  tiles.keys = &ops.keys[k_format];
+  tiles.values = &ops.values[v_format];
+  tiles.key_bytes = tile_bytes(k_format, arena.k_dim, arena.block_size);
+  tiles.value_bytes = tile_bytes(v_format, arena.v_dim, arena.block_size);
+  tiles.latent_codec = &ops.key_codecs[k_format];
+  tiles.rotated_codec = &ops.value_codecs[v_format];
+  tiles.query_bytes = tiles.keys->query_bytes(arena.k_dim);
+  return tiles;
 }
 
 Attention attention_of(const KvkeepArena &arena, int layer, const KvkeepItems &items,
                        const KvkeepTerms &terms, int num_heads, int dtype, const Plan &plan) {
-  const int k_format = arena.k_formats[layer];
-  const int v_format = arena.v_formats[layer];
   Attention a{};
   a.ops = &ops();
-  a.keys = &a.ops->keys[k_format];
-  a.values = &a.ops->values[v_format];
   a.arena = &arena;
   a.items = &items;
   a.terms = &terms;
   a.plan = &plan;
-  a.layer_offset = arena.layer_offsets[layer];
-  a.key_tile_bytes = tile_bytes(k_format, arena.k_dim, arena.block_size);
-  a.value_tile_bytes = tile_bytes(v_format, arena.v_dim, arena.block_size);
+  a.is_first_apart = arena.first_blocks != nullptr;
+  a.tiles[0] = tiles_in(arena, 0, layer, *a.ops);
+  if (a.is_first_apart) {
+    a.tiles[1] = tiles_in(*arena.first_blocks, arena.num_blocks, layer, *a.ops);
+  }
   a.group_size = num_heads / arena.num_kv_heads;
   a.is_bf16 = dtype == KVKEEP_BF16;
-  a.query_bytes = a.keys->query_bytes(arena.k_dim);
   a.out_dim = arena.v_dim;
   return a;
 }
 
 // Latents are decoded to floats once for all query heads, of which MLA has many.
-void read_latents(Attention &a, int layer) {
+void read_latents(Attention &a) {
   a.is_latent = true;
   a.out_dim = a.arena->k_dim;
-  a.values = &a.ops->values[KVKEEP_F32];
+  for (Tiles &tiles : a.tiles) tiles.values = &a.ops->values[KVKEEP_F32];
   a.latent.rotated_keys = &a.ops->keys[KVKEEP_F32];
-  a.latent.latent_codec = &a.ops->key_codecs[a.arena->k_formats[layer]];
-  a.latent.rotated_codec = &a.ops->value_codecs[a.arena->v_formats[layer]];
   a.latent.query_bytes = a.latent.rotated_keys->query_bytes(a.arena->v_dim);
 }
 
@@ -214,13 +257,15 @@ std::uint8_t *take_scratch(Attention &a, Scratch &scratch, std::size_t thread_by
   const std::size_t row_bytes = lines(num_partials * sizeof(float));
   const std::size_t acc_bytes = lines(num_partials * a.out_dim * sizeof(float));
   const std::size_t num_queries = a.plan->query_rows.size() * num_heads;
-  const std::size_t query_bytes = num_queries * a.query_bytes;
+  const std::size_t query_bytes = num_queries * a.tiles[0].query_bytes;
+  const std::size_t first_bytes = num_queries * a.tiles[1].query_bytes;
   const std::size_t rotated_bytes = num_queries * a.latent.query_bytes;
-  std::uint8_t *p =
-      scratch.reserve(query_bytes + rotated_bytes + acc_bytes + 2 * row_bytes + thread_bytes);
+  std::uint8_t *p = scratch.reserve(query_bytes + first_bytes + rotated_bytes + acc_bytes +
+                                    2 * row_bytes + thread_bytes);
   if (p == nullptr) return nullptr;
-  a.queries = p;
-  a.latent.queries = p += query_bytes;
+  a.tiles[0].queries = p;
+  a.tiles[1].queries = p += query_bytes;
+  a.latent.queries = p += first_bytes;
   a.acc = reinterpret_cast<float *>(p += rotated_bytes);
   a.most = reinterpret_cast<float *>(p += acc_bytes);
   a.totals = reinterpret_cast<float *>(p += row_bytes);
@@ -233,8 +278,8 @@ int32_t attend(Attention &a, Kept &kept, const KvkeepRows &q, const KvkeepRows &
   const int block_size = a.arena->block_size;
   a.chunk = (kChunk + block_size - 1) / block_size * block_size;
   try {
-    plan_units(*a.items, block_size, a.chunk, std::max(kMostQueries, kMostRows / a.group_size),
-               kept.plan);
+    plan_units(*a.items, {block_size, a.chunk, a.is_first_apart},
+               std::max(kMostQueries, kMostRows / a.group_size), kept.plan);
   } catch (const std::bad_alloc &) {
     return KVKEEP_NO_MEMORY;
   }
@@ -275,6 +320,6 @@ extern "C" int32_t kvkeep_attend_latent(const KvkeepArena *arena, int32_t layer,
   if (items->num_items < 1) return KVKEEP_OK;
   static thread_local Kept kept;
   Attention a = attention_of(*arena, layer, *items, *terms, num_heads, q->dtype, kept.plan);
-  read_latents(a, layer);
+  read_latents(a);
   return attend(a, kept, *q, *out, num_threads);
 }

@@ -1,6 +1,7 @@
 // How attention is cut into pieces of work. The context of each item is cut into chunks at fixed positions, so
-// that what is computed for it depends on nothing else. A unit is one chunk of one item, or of several items
-// whose tables show the same blocks there: these are read once for all of them.
+// that what is computed for it depends on nothing else; a first block that lies apart is a chunk of its own. A unit
+// is one chunk of one item, or of several items whose tables show the same blocks there: these are read once for
+// all of them.
 
 #ifndef KVKEEP_ATTEND_H
 #define KVKEEP_ATTEND_H
@@ -42,16 +43,36 @@ struct Plan {
   int most_unit_queries;
 };
 
-// Cuts items at multiples of `chunk` positions, itself a multiple of block_size. A unit takes in items while it
-// has at most `most_queries` queries.
-void plan_units(const KvkeepItems &items, int block_size, int chunk, int most_queries, Plan &plan);
+// Where items are cut: at multiples of `chunk` positions, itself a multiple of block_size, and behind a first block
+// that lies apart.
+struct Cuts {
+  int block_size;
+  int chunk;
+  bool is_first_apart;
+};
+
+// Cuts items. A unit takes in items while it has at most `most_queries` queries.
+void plan_units(const KvkeepItems &items, const Cuts &cuts, int most_queries, Plan &plan);
+
+// A layer of an arena, whose blocks have ids from `first_id` on, and queries as its keys want them.
+struct Tiles {
+  const KvkeepArena *arena;
+  std::int64_t first_id;
+  std::int64_t layer_offset;  // of the layer in a block, bytes
+  const KeyOps *keys;
+  const ValueOps *values;
+  std::size_t key_bytes;  // of a tile
+  std::size_t value_bytes;
+  const CodecOps *latent_codec;  // MLA
+  const CodecOps *rotated_codec;
+  std::uint8_t *queries;
+  std::size_t query_bytes;
+};
 
 // MLA: what lies as keys are latents, read as keys and as values; what lies as values are the rotated dims, which
-// go on where the dims of the latents end.
+// go on where the dims of the latents end. Both are decoded to floats before they are used.
 struct Latent {
-  const KeyOps *rotated_keys;  // of floats, like `values`
-  const CodecOps *latent_codec;
-  const CodecOps *rotated_codec;
+  const KeyOps *rotated_keys;
   std::uint8_t *queries;  // the rotated dims of prepared queries
   std::size_t query_bytes;
 };
@@ -60,15 +81,12 @@ struct Latent {
 // [H][queries of all items][G] of `queries`, and for each unit [H][its queries][G] of the partial results.
 struct Attention {
   const Ops *ops;
-  const KeyOps *keys;
-  const ValueOps *values;
   const KvkeepArena *arena;
   const KvkeepItems *items;
   const KvkeepTerms *terms;
   const Plan *plan;
-  std::int64_t layer_offset;  // of the layer in a block, bytes
-  std::size_t key_tile_bytes;
-  std::size_t value_tile_bytes;
+  bool is_first_apart;
+  Tiles tiles[2];  // of all blocks, and of the first ones where they lie apart
   int group_size;  // G
   int chunk;
   int out_dim;  // of the values that are summed up
@@ -77,11 +95,13 @@ struct Attention {
   Latent latent;           // if so
   std::size_t num_scores;  // that a thread has room for
 
-  std::uint8_t *queries;
-  std::size_t query_bytes;
   float *acc;     // [out_dim] a row: sum of 2^(score - most) * value
   float *most;    // the largest score; scores are counted in powers of two from the softmax on
   float *totals;  // sum of 2^(score - most)
+
+  const Tiles &tiles_of(const Unit &unit) const {
+    return tiles[is_first_apart && unit.begin == 0 ? 1 : 0];
+  }
 
   std::int64_t partial_row(const Unit &unit, int kv_head, int query) const {
     return (unit.first_query * arena->num_kv_heads +

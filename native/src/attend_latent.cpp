@@ -22,8 +22,9 @@ void decode(const CodecOps &codec, const std::uint8_t *tile, int block_size, int
 
 }  // namespace
 
-LatentBlock::LatentBlock(const Attention &attention, float *memory)
+LatentBlock::LatentBlock(const Attention &attention, const Tiles &tiles, float *memory)
     : a_(attention),
+      tiles_(tiles),
       block_size_(attention.arena->block_size),
       rows_(memory),
       rotated_(rows_ + row_floats(attention)),
@@ -35,7 +36,7 @@ std::size_t LatentBlock::num_floats(const Attention &attention, std::size_t num_
 
 void LatentBlock::read_rotated(const std::uint8_t *tile) {
   const int dim = a_.arena->v_dim;
-  decode(*a_.latent.rotated_codec, tile, block_size_, dim, a_.arena->v_signs, rows_);
+  decode(*tiles_.rotated_codec, tile, block_size_, dim, tiles_.arena->v_signs, rows_);
   for (int t = 0; t < block_size_; ++t) {
     for (int d = 0; d < dim; ++d) rotated_[d * block_size_ + t] = rows_[t * dim + d];
   }
@@ -53,7 +54,7 @@ void LatentBlock::add_scores(std::size_t row, int num_rows, float *scores, int s
 }
 
 const std::uint8_t *LatentBlock::read_latents(const std::uint8_t *tile) {
-  decode(*a_.latent.latent_codec, tile, block_size_, a_.arena->k_dim, a_.arena->k_signs, rows_);
+  decode(*tiles_.latent_codec, tile, block_size_, a_.arena->k_dim, tiles_.arena->k_signs, rows_);
   return reinterpret_cast<const std::uint8_t *>(rows_);
 }
 

@@ -12,7 +12,7 @@ namespace kvkeep {
 
 class LatentBlock {
  public:
-  LatentBlock(const Attention &attention, float *memory);
+  LatentBlock(const Attention &attention, const Tiles &tiles, float *memory);
 
   // Floats of memory for units of so many rows.
   static std::size_t num_floats(const Attention &attention, std::size_t num_rows);
@@ -28,6 +28,7 @@ class LatentBlock {
 
  private:
   const Attention &a_;
+  const Tiles &tiles_;
   const int block_size_;
   float *const rows_;     // [block_size][dim], of latents or rotated dims
   float *const rotated_;  // [v_dim][block_size]

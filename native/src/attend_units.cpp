@@ -17,6 +17,7 @@ class TaskRun {
   TaskRun(const Attention &attention, const Task &task, float *memory)
       : a_(attention),
         unit_(*task.unit),
+        tiles_(attention.tiles_of(unit_)),
         kv_head_(task.kv_head),
         block_size_(attention.arena->block_size),
         first_block_(unit_.first / block_size_),
@@ -24,7 +25,7 @@ class TaskRun {
         num_rows_(unit_.num_queries * attention.group_size),
         stride_(score_stride(attention.chunk)),
         scores_(memory),
-        latents_(attention, memory + attention.num_scores) {}
+        latents_(attention, tiles_, memory + attention.num_scores) {}
 
   const std::uint8_t *first_tile() const { return key_tile(0); }
 
@@ -60,23 +61,23 @@ class TaskRun {
       const std::uint8_t *tile = a_.is_latent ? latents_.read_latents(key_tile(i)) : value_tile(i);
       const std::uint8_t *next = i + 1 < num_blocks_ ? value_tile(i + 1) : tile_after;
       const int position = (first_block_ + i) * block_size_;
-      a_.values->accumulate(tile, block_size_, dim, scores_ + position - unit_.begin, stride_,
-                            num_rows_, std::max(unit_.first - position, 0),
-                            std::min(unit_.last - position, block_size_), a_.is_bf16, acc,
-                            a_.is_latent ? 0 : next - tile);
+      tiles_.values->accumulate(tile, block_size_, dim, scores_ + position - unit_.begin, stride_,
+                                num_rows_, std::max(unit_.first - position, 0),
+                                std::min(unit_.last - position, block_size_), a_.is_bf16, acc,
+                                a_.is_latent ? 0 : next - tile);
     }
   }
 
  private:
   const std::uint8_t *layer_of(int i) const {
-    return a_.arena->base + unit_.blocks[i] * a_.arena->block_bytes + a_.layer_offset;
+    const std::int64_t block = unit_.blocks[i] - tiles_.first_id;
+    return tiles_.arena->base + block * tiles_.arena->block_bytes + tiles_.layer_offset;
   }
 
-  const std::uint8_t *key_tile(int i) const { return layer_of(i) + kv_head_ * a_.key_tile_bytes; }
+  const std::uint8_t *key_tile(int i) const { return layer_of(i) + kv_head_ * tiles_.key_bytes; }
 
   const std::uint8_t *value_tile(int i) const {
-    return layer_of(i) + a_.arena->num_kv_heads * a_.key_tile_bytes +
-           kv_head_ * a_.value_tile_bytes;
+    return layer_of(i) + a_.arena->num_kv_heads * tiles_.key_bytes + kv_head_ * tiles_.value_bytes;
   }
 
   // Scores block i for a part, and for the parts behind it whose prepared queries follow; returns the next part.
@@ -95,8 +96,9 @@ class TaskRun {
     const int column = (first_block_ + i) * block_size_ - unit_.begin;
     const std::size_t score_row = static_cast<std::size_t>(parts[part].first_query) * a_.group_size;
     float *scores = scores_ + score_row * stride_ + column;
-    a_.keys->score(key_tile(i), block_size_, a_.arena->k_dim, a_.queries + row * a_.query_bytes,
-                   num_queries * a_.group_size, scores, stride_, ahead);
+    tiles_.keys->score(key_tile(i), block_size_, a_.arena->k_dim,
+                       tiles_.queries + row * tiles_.query_bytes, num_queries * a_.group_size,
+                       scores, stride_, ahead);
     if (a_.is_latent) latents_.add_scores(row, num_queries * a_.group_size, scores, stride_);
     return parts[last].next;
   }
@@ -141,6 +143,7 @@ class TaskRun {
 
   const Attention &a_;
   const Unit &unit_;
+  const Tiles &tiles_;
   const int kv_head_;
   const int block_size_;
   const int first_block_;

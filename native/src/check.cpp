@@ -1,5 +1,8 @@
 // Whether what a caller names exists: kernels follow block ids without looking.
 
+#include <cstdint>
+
+#include "arenas.h"
 #include "items.h"
 #include "kvkeep_native.h"
 
@@ -7,7 +10,15 @@ namespace kvkeep {
 namespace {
 
 bool is_arena(const KvkeepArena &arena) {
-  return arena.num_blocks >= 0 && arena.block_size > 0 && arena.block_size % 8 == 0;
+  return arena.num_blocks >= 0 && arena.block_size > 0 && arena.block_size % 8 == 0 &&
+         (arena.first_blocks == nullptr || are_first_blocks(arena));
+}
+
+// Whether the block may be what a table has for its block `number`.
+bool is_place(const KvkeepArena &arena, int number, std::int64_t block) {
+  const bool is_apart = number == 0 && arena.first_blocks != nullptr;
+  return is_apart ? block >= arena.num_blocks && block < end_of_blocks(arena)
+                  : block >= 0 && block < arena.num_blocks;
 }
 
 // Whether the table covers what an item reads, with blocks of the arena.
@@ -17,8 +28,10 @@ bool is_table_valid(const KvkeepArena &arena, const KvkeepItems &items, int item
   const int length = items.table_offsets[item + 1] - items.table_offsets[item];
   if (first < items.table_firsts[item] || last - items.table_firsts[item] >= length) return false;
   const int32_t *begin = table_entry(items, item, first * arena.block_size, arena.block_size);
-  return std::all_of(begin, begin + (last - first + 1),
-                     [&](int32_t block) { return block >= 0 && block < arena.num_blocks; });
+  for (int i = 0; i <= last - first; ++i) {
+    if (!is_place(arena, first + i, begin[i])) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -47,7 +60,8 @@ int32_t kvkeep_check_items(const KvkeepArena *arena, const KvkeepItems *items, i
 int32_t kvkeep_check_slots(const KvkeepArena *arena, const KvkeepSlots *slots) {
   if (!kvkeep::is_arena(*arena)) return KVKEEP_BAD_ARGUMENT;
   for (int64_t i = 0; i < slots->num_slots; ++i) {
-    const bool is_inside = slots->blocks[i] >= 0 && slots->blocks[i] < arena->num_blocks &&
+    const bool is_inside = slots->blocks[i] >= 0 &&
+                           slots->blocks[i] < kvkeep::end_of_blocks(*arena) &&
                            slots->offsets[i] >= 0 && slots->offsets[i] < arena->block_size;
     if (!is_inside) return KVKEEP_OUT_OF_BOUNDS;
   }

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "arenas.h"
 #include "kvkeep_native.h"
 #include "ops.h"
 #include "tiles.h"
@@ -28,21 +29,41 @@ struct Side {
   int dim;
 };
 
+// Those of an arena, whose blocks have ids from `begin` on.
 struct Sides {
+  const KvkeepArena *arena;
+  std::int64_t begin;
   Side k;
   Side v;
 };
 
-Sides sides_of(const KvkeepArena &arena, int layer, const KvkeepRows *k, const KvkeepRows *v) {
+Sides sides_of(const KvkeepArena &arena, std::int64_t begin_id, int layer, const KvkeepRows *k,
+               const KvkeepRows *v) {
   const int k_format = arena.k_formats[layer], v_format = arena.v_formats[layer];
   const std::size_t k_bytes = tile_bytes(k_format, arena.k_dim, arena.block_size);
   const std::size_t v_bytes = tile_bytes(v_format, arena.v_dim, arena.block_size);
   const std::int64_t begin = arena.layer_offsets[layer];
   const auto all_keys = static_cast<std::int64_t>(k_bytes) * arena.num_kv_heads;
   return {
+      &arena,
+      begin_id,
       {&ops().key_codecs[k_format], arena.k_signs, k, begin, k_bytes, arena.k_dim},
       {&ops().value_codecs[v_format], arena.v_signs, v, begin + all_keys, v_bytes, arena.v_dim}};
 }
+
+// A layer of an arena, and of its first blocks where these lie apart.
+struct Layer {
+  Layer(const KvkeepArena &arena, int layer, const KvkeepRows *k, const KvkeepRows *v)
+      : all(sides_of(arena, 0, layer, k, v)),
+        first(arena.first_blocks == nullptr
+                  ? all
+                  : sides_of(*arena.first_blocks, arena.num_blocks, layer, k, v)) {}
+
+  const Sides &of(std::int64_t block) const { return block < all.arena->num_blocks ? all : first; }
+
+  const Sides all;
+  const Sides first;
+};
 
 bool is_dim(int dim) { return dim > 0 && dim % 8 == 0 && dim <= kMaxDim; }
 
@@ -53,14 +74,20 @@ bool are_rows(const KvkeepRows *rows, std::int64_t num_rows) {
          is_known(rows->dtype, KVKEEP_BF16 + 1);
 }
 
+bool has_formats(const KvkeepArena &arena, int layer) {
+  return is_known(arena.k_formats[layer], kNumFormats) &&
+         is_known(arena.v_formats[layer], kNumFormats);
+}
+
 bool are_arguments(const KvkeepArena *arena, int layer, const KvkeepSlots *slots,
                    const KvkeepRows *k, const KvkeepRows *v, int num_threads) {
   return arena != nullptr && slots != nullptr && are_rows(k, slots->num_slots) &&
          are_rows(v, slots->num_slots) && num_threads > 0 && layer >= 0 &&
          layer < arena->num_layers && slots->num_slots >= 0 && arena->num_kv_heads > 0 &&
          arena->block_size > 0 && arena->block_size % 8 == 0 && is_dim(arena->k_dim) &&
-         is_dim(arena->v_dim) && is_known(arena->k_formats[layer], kNumFormats) &&
-         is_known(arena->v_formats[layer], kNumFormats);
+         is_dim(arena->v_dim) && has_formats(*arena, layer) &&
+         (arena->first_blocks == nullptr ||
+          (are_first_blocks(*arena) && has_formats(*arena->first_blocks, layer)));
 }
 
 // How many slots from i on, and before `end`, are neighbours in one block.
@@ -80,41 +107,43 @@ RowRun rows_of(const Side &side, std::int64_t row, int head, int count) {
   return {data, side.rows->row_stride, side.rows->dtype, count, side.dim};
 }
 
-SlotRun slots_of(const KvkeepArena &arena, const Side &side, const KvkeepSlots &slots,
-                 std::int64_t i, int head) {
-  std::uint8_t *block = arena.base + slots.blocks[i] * arena.block_bytes;
+SlotRun slots_of(const Sides &sides, const Side &side, const KvkeepSlots &slots, std::int64_t i,
+                 int head) {
+  const KvkeepArena &arena = *sides.arena;
+  std::uint8_t *block = arena.base + (slots.blocks[i] - sides.begin) * arena.block_bytes;
   std::uint8_t *tile = block + side.offset + head * static_cast<std::int64_t>(side.tile_bytes);
   return {tile, arena.block_size, static_cast<int>(slots.offsets[i])};
 }
 
 // Tiles first .. last of each block, which are the keys and the values of a head in turn.
-void write_tiles(const KvkeepArena &arena, const Sides &sides, const KvkeepSlots &slots, int first,
-                 int last) {
+void write_tiles(const Layer &layer, const KvkeepSlots &slots, int first, int last) {
   for (std::int64_t i = 0; i < slots.num_slots;) {
     const int count = run_length(slots, i, slots.num_slots);
+    const Sides &sides = layer.of(slots.blocks[i]);
     for (int tile = first; tile < last; ++tile) {
       const Side &side = tile % 2 == 0 ? sides.k : sides.v;
       side.codec->encode(rows_of(side, i, tile / 2, count), side.signs,
-                         slots_of(arena, side, slots, i, tile / 2));
+                         slots_of(sides, side, slots, i, tile / 2));
     }
     i += count;
   }
 }
 
-void read_side(const KvkeepArena &arena, const Side &side, const KvkeepSlots &slots, std::int64_t i,
+void read_side(const Sides &sides, const Side &side, const KvkeepSlots &slots, std::int64_t i,
                int count) {
-  for (int head = 0; head < arena.num_kv_heads; ++head) {
-    side.codec->decode(slots_of(arena, side, slots, i, head), side.signs,
+  for (int head = 0; head < sides.arena->num_kv_heads; ++head) {
+    side.codec->decode(slots_of(sides, side, slots, i, head), side.signs,
                        rows_of(side, i, head, count));
   }
 }
 
-void read_slots(const KvkeepArena &arena, const Sides &sides, const KvkeepSlots &slots,
-                std::int64_t begin, std::int64_t end) {
+void read_slots(const Layer &layer, const KvkeepSlots &slots, std::int64_t begin,
+                std::int64_t end) {
   for (std::int64_t i = begin; i < end;) {
     const int count = run_length(slots, i, end);
-    read_side(arena, sides.k, slots, i, count);
-    read_side(arena, sides.v, slots, i, count);
+    const Sides &sides = layer.of(slots.blocks[i]);
+    read_side(sides, sides.k, slots, i, count);
+    read_side(sides, sides.v, slots, i, count);
     i += count;
   }
 }
@@ -133,14 +162,14 @@ extern "C" std::int32_t kvkeep_write(const KvkeepArena *arena, std::int32_t laye
                                      const KvkeepRows *v, std::int32_t num_threads) {
   using namespace kvkeep;
   if (!are_arguments(arena, layer, slots, k, v, num_threads)) return KVKEEP_BAD_ARGUMENT;
-  const Sides sides = sides_of(*arena, layer, k, v);
+  const Layer own(*arena, layer, k, v);
   const int threads = useful_threads(*arena, slots->num_slots, num_threads);
   // Tokens share words of values, so that a tile belongs to one thread.
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const int own = omp_get_thread_num(), all = omp_get_num_threads();
+    const int thread = omp_get_thread_num(), all = omp_get_num_threads();
     const int num_tiles = 2 * arena->num_kv_heads;
-    write_tiles(*arena, sides, *slots, num_tiles * own / all, num_tiles * (own + 1) / all);
+    write_tiles(own, *slots, num_tiles * thread / all, num_tiles * (thread + 1) / all);
   }
   return KVKEEP_OK;
 }
@@ -150,14 +179,14 @@ extern "C" std::int32_t kvkeep_read(const KvkeepArena *arena, std::int32_t layer
                                     const KvkeepRows *v, std::int32_t num_threads) {
   using namespace kvkeep;
   if (!are_arguments(arena, layer, slots, k, v, num_threads)) return KVKEEP_BAD_ARGUMENT;
-  const Sides sides = sides_of(*arena, layer, k, v);
+  const Layer own(*arena, layer, k, v);
   const int threads = useful_threads(*arena, slots->num_slots, num_threads);
   const std::int64_t num_chunks = (slots->num_slots + kSlotsAtOnce - 1) / kSlotsAtOnce;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (std::int64_t i = 0; i < num_chunks; ++i) {
     const std::int64_t begin = i * kSlotsAtOnce;
     const std::int64_t end = begin + kSlotsAtOnce;
-    read_slots(*arena, sides, *slots, begin, end < slots->num_slots ? end : slots->num_slots);
+    read_slots(own, *slots, begin, end < slots->num_slots ? end : slots->num_slots);
   }
   return KVKEEP_OK;
 }

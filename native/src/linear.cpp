@@ -11,7 +11,7 @@
 namespace kvkeep {
 namespace {
 
-constexpr int kMostRows = 16;
+constexpr int kMostRows = 32;
 // Outputs of a cache line: no two threads write to one.
 constexpr std::int64_t kLineOutputs = 32;
 // Below this a thread costs more than it brings.

@@ -75,7 +75,7 @@ struct Ops {
   float (*max)(const float *x, int n);
   // x[i] = cap * tanh(scale * x[i] / cap)
   void (*softcap)(float *x, int n, float scale, float cap);
-  // out[n] of rows n of a bf16 matrix, for num_rows <= 16 rows of x; see kvkeep_linear.
+  // out[n] of rows n of a bf16 matrix, for num_rows <= 32 rows of x; see kvkeep_linear.
   void (*linear)(const std::uint16_t *weight, const std::uint16_t *bias, const std::uint16_t *x,
                  std::uint16_t *out, std::int64_t first_output, std::int64_t last_output,
                  std::int64_t num_outputs, std::int64_t num_inputs, int num_rows);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -110,7 +111,8 @@ struct Formats {
   int first = KVKEEP_F32, last = KVKEEP_INT4;
 };
 
-// The arena of one group, all bytes 0xff: NaN in every format that has one.
+// The arena of one group, all bytes 0xff: NaN in every format that has one. In every other case first blocks lie
+// apart, in an arena of the same sizes.
 struct Arena {
   Arena(Random &random, const Formats &formats) {
     view.block_size = 8 * random.between(1, 6);
@@ -118,6 +120,38 @@ struct Arena {
     view.num_kv_heads = random.between(1, 3);
     view.k_dim = 8 * random.one_of({1, 2, 3, 5, 8, 9, 10, 12, 16, 24, 32});
     view.v_dim = random.between(0, 1) ? view.k_dim : 8 * random.between(1, 16);
+    choose_formats(random, formats);
+    if (random.between(0, 1)) first = std::make_unique<Arena>(random, view);
+    if (first) view.first_blocks = &first->view;
+  }
+  Arena(Random &random, const KvkeepArena &sizes) : view(sizes) {
+    view.block_bytes = 0;
+    choose_formats(random, {});
+  }
+  Arena(const Arena &) = delete;
+  Arena &operator=(const Arena &) = delete;
+
+  // Where a position of an item lies.
+  const Arena &of(int position) const {
+    return first && position < view.block_size ? *first : *this;
+  }
+  std::int64_t num_first_blocks() const { return first ? first->view.num_blocks : 0; }
+
+  void take_memory(std::int64_t num_blocks) {
+    view.num_blocks = num_blocks;
+    bytes.assign(static_cast<std::size_t>(num_blocks * view.block_bytes), 0xff);
+    view.base = bytes.data();
+  }
+
+  KvkeepArena view{};
+  std::unique_ptr<Arena> first;
+  std::vector<std::uint8_t> bytes;
+  std::vector<std::int64_t> layer_offsets;
+  std::vector<std::int32_t> k_formats, v_formats;
+  std::vector<float> k_signs, v_signs;
+
+ private:
+  void choose_formats(Random &random, const Formats &formats) {
     for (int layer = 0; layer < view.num_layers; ++layer) {
       k_formats.push_back(random.between(formats.first, formats.last));
       v_formats.push_back(random.between(formats.first, formats.last));
@@ -134,20 +168,6 @@ struct Arena {
     view.k_signs = k_signs.data();
     view.v_signs = v_signs.data();
   }
-  Arena(const Arena &) = delete;
-  Arena &operator=(const Arena &) = delete;
-
-  void take_memory(std::int64_t num_blocks) {
-    view.num_blocks = num_blocks;
-    bytes.assign(static_cast<std::size_t>(num_blocks * view.block_bytes), 0xff);
-    view.base = bytes.data();
-  }
-
-  KvkeepArena view{};
-  std::vector<std::uint8_t> bytes;
-  std::vector<std::int64_t> layer_offsets;
-  std::vector<std::int32_t> k_formats, v_formats;
-  std::vector<float> k_signs, v_signs;
 };
 
 // Items whose tables list blocks in random order, each block once; takes the arena's memory for them.
@@ -168,15 +188,29 @@ struct Items {
       table_offsets.push_back(table_offsets.back() + num_blocks);
       num_rows += num_queries.back() + random.between(0, 1);
     }
-    for (int block = 0; block < table_offsets.back(); ++block) table.push_back(block);
-    for (int at = table_offsets.back() - 1; at > 0; --at) {
-      std::swap(table[at], table[random.between(0, at)]);
-    }
-    arena.take_memory(table_offsets.back());
+    choose_blocks(random, arena);
     point();
   }
   Items(const Items &) = delete;
   Items &operator=(const Items &) = delete;
+
+  void choose_blocks(Random &random, Arena &arena) {
+    std::vector<int> own, first;  // entries of the table
+    for (int i = 0; i < view.num_items; ++i)
+      for (int at = table_offsets[i]; at < table_offsets[i + 1]; ++at) {
+        const bool is_first = arena.first && table_firsts[i] == 0 && at == table_offsets[i];
+        (is_first ? first : own).push_back(at);
+      }
+    table.resize(table_offsets.back());
+    int block = 0;
+    for (auto *entries : {&own, &first}) {
+      for (int at = static_cast<int>(entries->size()) - 1; at > 0; --at)
+        std::swap((*entries)[at], (*entries)[random.between(0, at)]);
+      for (const int at : *entries) table[at] = block++;
+    }
+    arena.take_memory(static_cast<std::int64_t>(own.size()));
+    if (arena.first) arena.first->take_memory(static_cast<std::int64_t>(first.size()));
+  }
 
   void point() {
     view.rows = rows.data();

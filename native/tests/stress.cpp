@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -48,24 +49,27 @@ void write_item(Random &random, const Arena &arena, const Items &items, int item
   require(kvkeep_write(&arena.view, layer, &slots.view, k.view(), v.view(), threads) == KVKEEP_OK,
           "write refuses");
   const ReadBack back(random, arena, slots, layer, dtype);
-  const auto compare = [&](const Rows &put, const Rows &got, int format, const char *name) {
-    const bool is_exact = format == KVKEEP_F32 || format == dtype;
-    // Of a normal vector at most about 4.5 is stored with 4, 7 or 3 significant bits.
-    const float tolerance = is_exact                ? 0.0f
-                            : !is_quantised(format) ? 0.03f
-                            : format == KVKEEP_INT8 ? 0.05f
-                            : format == KVKEEP_FP8  ? 0.4f
-                                                    : 1.5f;
-    for (int row = 0; row < slots.size(); ++row)
+  using OfLayers = std::vector<std::int32_t> Arena::*;
+  const auto compare = [&](const Rows &put, const Rows &got, OfLayers formats, const char *name) {
+    for (int row = 0; row < slots.size(); ++row) {
+      const int format = (arena.of(first + row).*formats)[layer];
+      const bool is_exact = format == KVKEEP_F32 || format == dtype;
+      // Of a normal vector at most about 4.5 is stored with 4, 7 or 3 significant bits.
+      const float tolerance = is_exact                ? 0.0f
+                              : !is_quantised(format) ? 0.03f
+                              : format == KVKEEP_INT8 ? 0.05f
+                              : format == KVKEEP_FP8  ? 0.4f
+                                                      : 1.5f;
       for (int head = 0; head < heads; ++head)
         for (int d = 0; d < put.dim(); ++d) {
           const float error = std::fabs(put.get(row, head, d) - got.get(row, head, d));
           require(error <= tolerance, std::string(name) + " of format " + std::to_string(format) +
                                           " come back with error " + std::to_string(error));
         }
+    }
   };
-  compare(k, back.k, arena.k_formats[layer], "keys");
-  compare(v, back.v, arena.v_formats[layer], "values");
+  compare(k, back.k, &Arena::k_formats, "keys");
+  compare(v, back.v, &Arena::v_formats, "values");
 }
 
 struct Terms {
@@ -115,12 +119,12 @@ void compare_item(Random &random, const Arena &arena, const Items &items, int it
   const int start = items.starts[item], first = items.first_read(start);
   const Slots slots(items, item, first, start + items.num_queries[item], arena.view.block_size);
   const ReadBack back(random, arena, slots, layer, KVKEEP_F32);
-  const int k_format = arena.k_formats[layer], v_format = arena.v_formats[layer];
-  const bool is_float32 =
-      k_format == KVKEEP_F32 && v_format == KVKEEP_F32 && q.view()->dtype == KVKEEP_F32;
-  const double tolerance = is_float32                                         ? 1e-4
-                           : is_quantised(k_format) || is_quantised(v_format) ? 0.08
-                                                                              : 0.04;
+  const Arena &begin = arena.of(first);
+  const int formats[] = {arena.k_formats[layer], arena.v_formats[layer], begin.k_formats[layer],
+                         begin.v_formats[layer]};
+  const int coarsest = *std::max_element(std::begin(formats), std::end(formats));
+  const bool is_float32 = coarsest == KVKEEP_F32 && q.view()->dtype == KVKEEP_F32;
+  const double tolerance = is_float32 ? 1e-4 : is_quantised(coarsest) ? 0.08 : 0.04;
   for (int query = 0; query < items.num_queries[item]; ++query) {
     const int position = start + query, row = items.rows[item] + query;
     for (int head = 0; head < q.num_heads(); ++head) {
@@ -128,8 +132,8 @@ void compare_item(Random &random, const Arena &arena, const Items &items, int it
           attend_one(back, terms, q, row, head, first, items.first_read(position), position);
       for (int d = 0; d < out.dim(); ++d) {
         const double error = std::fabs(out.get(row, head, d) - expected[d]);
-        require(error <= tolerance, "attention over formats " + std::to_string(k_format) + ", " +
-                                        std::to_string(v_format) + " has error " +
+        require(error <= tolerance, "attention over formats " + std::to_string(formats[0]) + ", " +
+                                        std::to_string(formats[1]) + " has error " +
                                         std::to_string(error));
       }
     }
@@ -172,14 +176,20 @@ void refuse_what_is_outside(const Arena &arena, Items &items) {
   const int used = items.rows.back() + items.num_queries.back();
   require(kvkeep_check_items(view, &items.view, used - 1) == KVKEEP_OUT_OF_BOUNDS,
           "check_items lets a row pass");
-  for (const int block : {-1, static_cast<int>(view->num_blocks)}) {
+  const int num_blocks = static_cast<int>(view->num_blocks);
+  const int end = num_blocks + static_cast<int>(arena.num_first_blocks());
+  const int last_item = items.view.num_items - 1;
+  const int last_number = items.table_firsts[last_item] + items.table_offsets[last_item + 1] -
+                          items.table_offsets[last_item] - 1;
+  const bool is_apart = arena.first && last_number == 0;
+  for (const int block : {-1, is_apart ? num_blocks - 1 : num_blocks, end}) {
     const int kept = items.table.back();
     items.table.back() = block;
     require(kvkeep_check_items(view, &items.view, items.num_rows) == KVKEEP_OUT_OF_BOUNDS,
             "check_items lets a block pass");
     items.table.back() = kept;
   }
-  const std::int64_t cases[][2] = {{-1, 0}, {view->num_blocks, 0}, {0, -1}, {0, view->block_size}};
+  const std::int64_t cases[][2] = {{-1, 0}, {end, 0}, {0, -1}, {0, view->block_size}};
   for (const auto &slot : cases) {
     const KvkeepSlots slots{1, &slot[0], &slot[1]};
     require(kvkeep_check_slots(view, &slots) == KVKEEP_OUT_OF_BOUNDS, "check_slots lets one pass");

@@ -178,6 +178,10 @@ class GroupSpec:
             return self.state_bytes
         return block_size * self.bytes_per_token
 
+    def of_first_blocks(self) -> "GroupSpec":
+        """What the group's first blocks are like where these lie apart, in the model's dtype."""
+        return replace(self, name=f"{self.name} first", formats=())
+
     def first_needed(self, position: int) -> int:
         """The earliest position that a query at `position` reads."""
         match self.kind:
@@ -195,11 +199,31 @@ class GroupSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVSpec:
-    """Everything about a model's KV that the cache must know."""
+    """Everything about a model's KV that the cache must know.
+
+    With `exact_first_block` the first block of a sequence is stored in the model's dtype, in the groups that
+    read all positions and have formats; the others are not changed by it.
+    """
 
     groups: tuple[GroupSpec, ...]
     block_size: int
     dtype: str
+    exact_first_block: bool = False
+
+    @property
+    def first_block_groups(self) -> tuple[int, ...]:
+        """The groups whose first blocks lie apart."""
+        return tuple(
+            at
+            for at, group in enumerate(self.groups)
+            if self.exact_first_block and group.kind is LayerKind.FULL and group.formats
+        )
+
+    @property
+    def block_classes(self) -> tuple[GroupSpec, ...]:
+        """What blocks are like: those of each group, then the first blocks of `first_block_groups`."""
+        firsts = (self.groups[at].of_first_blocks() for at in self.first_block_groups)
+        return (*self.groups, *firsts)
 
     @property
     def bytes_per_token(self) -> int:
@@ -215,7 +239,8 @@ class KVSpec:
     def kv_format(self) -> str:
         """How K/V are stored, as canonical text for a namespace: docs/formats.md.
 
-        The format of most layers; then, for each other one, the layers that have it: "int4/1;0,1=bfloat16".
+        The format of most layers; then, for each other one, the layers that have it: "int4/1;0,1=bfloat16";
+        then that of first blocks, if they lie apart: "int4/1;first=bfloat16".
         """
         layer_to_name = {
             layer: str(group.formats[at]) if group.formats else self.dtype
@@ -231,6 +256,8 @@ class KVSpec:
         for name in others:
             layers = sorted(at for at, own in layer_to_name.items() if own == name)
             parts.append(f"{','.join(map(str, layers))}={name}")
+        if self.first_block_groups:
+            parts.append(f"first={self.dtype}")
         return ";".join(parts)
 
     def num_blocks(self, num_tokens: int) -> int:
@@ -279,7 +306,9 @@ def with_format(spec: KVSpec, name: str, *, exact_layers: Collection[int] = ()) 
             groups.append(replace(group, formats=formats))
         else:
             groups.append(group)
-    return replace(plain, groups=tuple(groups))
+    found = replace(plain, groups=tuple(groups))
+    _check_first_block(name, found)
+    return found
 
 
 def words_can_hold(group: GroupSpec, block_size: int) -> bool:
@@ -322,6 +351,15 @@ def _check_shape(name: str, group: GroupSpec, block_size: int) -> None:
         raise ConfigError(
             f"kv_format={name!r} needs multiples of {_ELEMENTS_AT_ONCE}, and {', '.join(odd)} is none in the "
             f"KV group {group.name}; use {remedy}"
+        )
+
+
+def _check_first_block(name: str, spec: KVSpec) -> None:
+    has_formats = any(group.formats for group in spec.groups)
+    if spec.exact_first_block and has_formats and not spec.first_block_groups:
+        raise ConfigError(
+            f"kv_exact_first_block=True with kv_format={name!r} needs layers that read all positions, and "
+            "this model's all have windows; use kv_exact_first_block=False"
         )
 
 

@@ -112,9 +112,15 @@ def preempting(llm: LLM) -> Iterator[None]:
         del scheduler.plan
 
 
-@pytest.mark.parametrize("kv_format", FORMATS)
+@pytest.mark.parametrize(
+    ("kv_format", "is_first_exact"),
+    [*((one, False) for one in FORMATS), ("int4", True)],
+    ids=[*FORMATS, "int4-first-block-exact"],
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_format_serves_the_same_however_it_was_filled(name: str, kv_format: str) -> None:
+def test_a_format_serves_the_same_however_it_was_filled(
+    name: str, kv_format: str, is_first_exact: bool
+) -> None:
     """Kernels, hits, gaps, chunks, neighbours and preemption change nothing beyond rounding."""
     if not isinstance(load_kernels(), Kernels):
         pytest.skip("the compiled kernels are not installed")
@@ -125,6 +131,7 @@ def test_a_format_serves_the_same_however_it_was_filled(name: str, kv_format: st
         "poison": True,
         "kv_format": kv_format,
         "kv_exact_layers": (),
+        "kv_exact_first_block": is_first_exact,
     }
     model = build_tiny(name)
     truth: Logits = {}

@@ -19,6 +19,7 @@ from tests.content_store import (
     chunked,
     full,
     positions,
+    quantised,
     recurrent,
     sliding,
     spec_of,
@@ -32,6 +33,9 @@ KIND_TO_GROUPS: dict[str, tuple[GroupSpec, ...]] = {
     "full+recurrent": (full(), recurrent()),
     "all": (sliding(2), full("a"), chunked(6), full("b"), recurrent()),
     "windows": (full("a"), sliding(5), chunked(4), full("b")),
+    "first block apart": (quantised(),),
+    "first blocks apart": (quantised("a"), full(), sliding(3), quantised("b")),
+    "first block apart, recurrent": (quantised(), recurrent()),
 }
 # Requests begin like one of these, so that they share.
 DOCUMENTS = ([0] * 14, [0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 1, 2, 2, 2, 2])
@@ -61,11 +65,15 @@ class CacheMachine(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 2, 4]),
         policy=st.sampled_from(["lru", "slru"]),
         room=st.lists(st.integers(2, 24), min_size=5, max_size=5),
+        room_of_first=st.lists(st.integers(1, 6), min_size=2, max_size=2),
     )
-    def start(self, block_size: int, policy: str, room: list[int]) -> None:
+    def start(
+        self, block_size: int, policy: str, room: list[int], room_of_first: list[int]
+    ) -> None:
         """An empty cache of a random, small size."""
         spec = spec_of(*self.groups, block_size=block_size)
-        self.checked = CheckedCache(spec, room[: len(self.groups)], policy=policy)
+        firsts = room_of_first[: len(spec.first_block_groups)]
+        self.checked = CheckedCache(spec, [*room[: len(self.groups)], *firsts], policy=policy)
         self.known: list[set[int]] = [set() for _ in self.groups]
         self.num_evictions = [0] * len(self.groups)
 
@@ -73,15 +81,23 @@ class CacheMachine(RuleBasedStateMachine):
         """One of the open leases."""
         return self.leases[number % len(self.leases)]
 
+    def count_evictions(self) -> list[int]:
+        """Of each group, its first blocks included."""
+        counts = [one.num_evictions for one in self.checked.cache.stats().groups]
+        for at, count in zip(
+            self.checked.spec.first_block_groups, counts[len(self.groups) :], strict=True
+        ):
+            counts[at] += count
+        return counts[: len(self.groups)]
+
     def follow(self, published: list[set[int]] | None = None) -> None:
         """Bring the model up to date: what was published is known, but for what was evicted."""
-        stats = self.checked.cache.stats()
-        for group in range(len(self.groups)):
+        evictions = self.count_evictions()
+        for group, num_evictions in enumerate(evictions):
             new = published[group] if published else set()
             known = self.known[group] | new
             found = self.checked.known_prefixes(group)
             assert found <= known, "something is known that nobody published"
-            num_evictions = stats.groups[group].num_evictions
             num_lost = len(known) - len(found)
             # A state is kept for others only where there is room for its copy.
             if self.groups[group].kind is LayerKind.RECURRENT:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvkeep.blocks import BlockIndex, BlockLedger, Entry, TokenChain
+from kvkeep.blocks import BlockIndex, BlockLedger, BlockPool, Entry, TokenChain
 from kvkeep.policies import LRU
 from kvkeep.spec import BlockId, BlockKey
 from tests.content_store import full
@@ -178,7 +178,7 @@ def test_a_damaged_index_is_noticed(damage: Callable[[BlockIndex], None]) -> Non
 
 def ledger_with(chain: TokenChain) -> BlockLedger:
     """A ledger of four blocks that knows a chain and has no holders."""
-    ledger = BlockLedger(full(), 4, LRU())
+    ledger = BlockLedger(full(), BlockPool(4, LRU()))
     allocation = ledger.allocate(len(chain.keys))
     assert allocation is not None
     ledger.seal(allocation.blocks, entries_of(chain))
@@ -194,7 +194,7 @@ def test_what_is_evicted_is_no_longer_found() -> None:
     allocation = ledger.allocate(2)
 
     assert allocation is not None
-    assert ledger.num_evictions == 1
+    assert len(allocation.evicted) == 1
     assert [ledger.get(key) is None for key in chain.keys] == [False, False, True]
     assert [ledger.key_of(block) for block in allocation.blocks] == [None, None]
     assert ledger.check([int(block in allocation.blocks) for block in range(4)]) == []

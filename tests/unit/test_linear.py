@@ -287,7 +287,7 @@ def test_a_wrong_kernel_is_not_raced(factor: float) -> None:
 
 def test_the_kernel_serves_as_many_rows_as_it_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the first number of rows at which torch is faster; both errors are those of rounding."""
-    ratios = {1: 1.5, 2: 1.4, 4: 1.0, 8: 0.9, 16: 2.0}
+    ratios = {1: 1.5, 2: 1.4, 4: 1.0, 8: 0.9, 16: 2.0, 32: 2.0}
     monkeypatch.setattr(linear_trial, "_race", lambda _kernels, _windows, rows: ratios[rows])
 
     choice = try_layers(Recorder(), [nn.Linear(40, 300).bfloat16()])
@@ -326,7 +326,7 @@ def test_a_model_is_served_by_the_kernels(
     name: str, mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decoding calls them, tied heads included; an ordinary forward is what it was, to the last bit."""
-    model, prompt = build_tiny(name).bfloat16(), list(range(10, 40))
+    model, prompt = build_tiny(name).bfloat16(), list(range(10, 60))
     before_TV = logits_at_all_positions(model, prompt)
     monkeypatch.setattr(linear_trial, "_race", lambda *_: 2.0)
     chosen = EngineSettings(block_size=8, capacity="1MB")
@@ -337,7 +337,7 @@ def test_a_model_is_served_by_the_kernels(
     num_layers = sum(type(module) is PagedLinear for module in model.modules())
 
     assert num_layers == sum(choice.num_layers for choice in served.linears) > 10
-    assert all(choice.most_rows == 16 and choice.error < 2**-8 for choice in served.linears)
+    assert all(choice.most_rows == 32 and choice.error < 2**-8 for choice in served.linears)
     assert torch.equal(logits_at_all_positions(model, prompt), before_TV)
     engine = Engine(served, chosen)
     calls: list[int] = []

@@ -45,7 +45,7 @@ def random_layer(
 def random_rows(num_rows: int, num_inputs: int) -> Tensor:
     """The first rows of always the same ones."""
     generator = torch.Generator().manual_seed(7)
-    return torch.randn(20, num_inputs, generator=generator)[:num_rows].bfloat16()
+    return torch.randn(40, num_inputs, generator=generator)[:num_rows].bfloat16()
 
 
 def product(kernels: Kernels, weight_NK: Tensor, bias_N: Tensor | None, x_MK: Tensor) -> Tensor:
@@ -62,10 +62,10 @@ def product(kernels: Kernels, weight_NK: Tensor, bias_N: Tensor | None, x_MK: Te
 def test_a_result_is_a_float_product_rounded_once(
     kernels: Kernels, num_outputs: int, num_inputs: int, has_bias: bool
 ) -> None:
-    """For 1 to 16 rows the error is half a unit of bf16, and what summing in float32 loses."""
+    """For 1 to 32 rows the error is half a unit of bf16, and what summing in float32 loses."""
     weight_NK, bias_N = random_layer(num_outputs, num_inputs, has_bias=has_bias)
     bias_or_0_N = torch.zeros(num_outputs).double() if bias_N is None else bias_N.double()
-    for num_rows in range(1, 17):
+    for num_rows in (*range(1, 18), 20, 21, 24, 25, 31, 32):
         x_MK = random_rows(num_rows, num_inputs)
         exact_MN = F.linear(x_MK.double(), weight_NK.double(), bias_or_0_N)
         magnitude_MN = F.linear(x_MK.double().abs(), weight_NK.double().abs(), bias_or_0_N.abs())
@@ -84,14 +84,14 @@ def test_a_result_depends_on_its_own_row_only(
     The terms cancel each other, so that what is left shows in which order they were added.
     """
     weight_NK, _ = random_layer(num_outputs, num_inputs, has_bias=False)
-    x_MK, half = random_rows(16, num_inputs), num_inputs // 2
+    x_MK, half = random_rows(32, num_inputs), num_inputs // 2
     weight_NK[:, half : 2 * half] = -weight_NK[:, :half].flip(1)
     x_MK[:, half : 2 * half] = x_MK[:, :half].flip(1)
     x_MK[:, 2 * half :] = 0
-    alone_MN = torch.cat([product(kernels, weight_NK, None, x_MK[m : m + 1]) for m in range(16)])
+    alone_MN = torch.cat([product(kernels, weight_NK, None, x_MK[m : m + 1]) for m in range(32)])
     for num_threads in (1, 2, 3, 7):
         kernels.num_threads = num_threads
-        for num_rows in range(1, 17):
+        for num_rows in (*range(1, 18), 20, 21, 24, 25, 31, 32):
             out_MN = product(kernels, weight_NK, None, x_MK[:num_rows])
 
             assert torch.equal(out_MN, alone_MN[:num_rows])

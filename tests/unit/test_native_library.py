@@ -352,7 +352,7 @@ def test_a_number_of_threads_is_positive(loaded: Kernels) -> None:
 def test_more_rows_than_a_kernel_takes_are_refused(loaded: Kernels) -> None:
     """The limit that callers plan with is the limit of the library."""
     weight_NK = torch.ones(8, 8).bfloat16()
-    x_MK = torch.ones(kernels.MOST_QUERIES + 1, 8).bfloat16()
+    x_MK = torch.ones(kernels.MOST_ROWS + 1, 8).bfloat16()
     loaded.linear(weight_NK, None, x_MK[:-1], torch.empty_like(x_MK[:-1]))
     with pytest.raises(KernelError, match="linear: bad_argument"):
         loaded.linear(weight_NK, None, x_MK, torch.empty_like(x_MK))

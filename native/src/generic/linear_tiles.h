@@ -24,8 +24,8 @@ namespace kvkeep {
 
 // As many as there are registers for sums of kOutputs outputs each.
 constexpr int kRowsOfPass = 4;
-// Inputs of a chunk: with 16 rows of x they fill the first cache.
-constexpr std::int64_t kChunk = 1024;
+// Inputs of a chunk for so many passes: with all rows of x they fill the first cache.
+constexpr std::int64_t chunk_inputs(int num_passes) { return num_passes <= 4 ? 1024 : 512; }
 
 // What Ops::linear is given, but for the range of outputs and the number of rows.
 struct LinearArguments {
@@ -140,6 +140,7 @@ void write_outputs(const LinearArguments &a, std::int64_t n, int row,
 template <class Isa, int kOutputs, int kPasses>
 void linear_tile(const LinearArguments &a, std::int64_t n, int num_rows) {
   constexpr int kAhead = (kOutputs + kPasses - 1) / kPasses;
+  constexpr std::int64_t kChunk = chunk_inputs(kPasses);
   typename Isa::Sum sums[kPasses * kRowsOfPass][kOutputs];
   const std::int64_t stride = a.num_inputs;
   const std::uint16_t *weight = a.weight + n * stride;
@@ -180,8 +181,13 @@ void linear_outputs(const std::uint16_t *weight, const std::uint16_t *bias, cons
       return linear_tiles<Isa, 2>(a, first_output, last_output, num_rows);
     case 3:
       return linear_tiles<Isa, 3>(a, first_output, last_output, num_rows);
-    default:
+    case 4:
       return linear_tiles<Isa, 4>(a, first_output, last_output, num_rows);
+    case 5:
+    case 6:
+      return linear_tiles<Isa, 6>(a, first_output, last_output, num_rows);
+    default:
+      return linear_tiles<Isa, 8>(a, first_output, last_output, num_rows);
   }
 }
 

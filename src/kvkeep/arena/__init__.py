@@ -6,6 +6,7 @@ from kvkeep.arena.groups import ArenaGroups, fit_blocks
 from kvkeep.arena.layout import BlockLayout
 from kvkeep.arena.native_words import NativeWordRows, native_arena
 from kvkeep.arena.slots import Slots
+from kvkeep.arena.split_arena import SplitArena
 from kvkeep.arena.states import RecurrentState, StateArena
 from kvkeep.arena.word_layout import WordLayout
 from kvkeep.arena.words import TorchWordRows, WordArena, WordRows, WordRowsOf
@@ -19,6 +20,7 @@ __all__ = [
     "NativeWordRows",
     "RecurrentState",
     "Slots",
+    "SplitArena",
     "StateArena",
     "TorchWordRows",
     "WordArena",

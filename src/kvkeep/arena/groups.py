@@ -1,12 +1,14 @@
 """The arenas of all KV groups of a model, sized from one number of bytes."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 
 from kvkeep.arena.arena import Arena
 from kvkeep.arena.base import GroupArena
+from kvkeep.arena.split_arena import SplitArena
 from kvkeep.arena.states import StateArena
 from kvkeep.arena.words import WordArena, WordRowsOf
 from kvkeep.config.sizes import format_bytes
@@ -17,16 +19,23 @@ __all__ = ["ArenaGroups", "fit_blocks"]
 
 # The share of memory that recurrent states may take: running ones first, the rest for resuming.
 _STATE_SHARE = 0.25
+# First blocks that lie apart: one in so many, which suits prompts of a thousand tokens on average, ...
+_BLOCKS_OF_REQUEST = 32
+# ... but two for each running request, its own and one to copy from or to be found again, ...
+_FIRST_BLOCKS_OF_REQUEST = 2
+# ... and no more of a group's memory than this.
+_FIRST_SHARE = 0.25
 
 
 def fit_blocks(
     spec: KVSpec, capacity_bytes: int, *, max_requests: int, max_batch_tokens: int
 ) -> list[int]:
-    """How many blocks each group gets from `capacity_bytes`.
+    """How many blocks there are of each class, `spec.block_classes`, in `capacity_bytes`.
 
     A windowed group needs no more than the windows of all running requests, twice over so that finished
-    ones stay reusable; recurrent states take at most a quarter; full attention gets all the rest. Raises
-    CapacityError with the numbers when not even one block a group fits.
+    ones stay reusable; recurrent states take at most a quarter; full attention gets all the rest. First
+    blocks that lie apart get at most a quarter of their group's. Raises CapacityError with the numbers when
+    not even one block of each class fits.
     """
     size = spec.block_size
     bounds = [
@@ -44,10 +53,16 @@ def fit_blocks(
         bound = bounds[at]
         num_blocks[at] = share if bound is None else min(share, bound)
         remaining -= num_blocks[at] * spec.groups[at].block_bytes(size)
+    for at in spec.first_block_groups:
+        num_first = _num_first_blocks(spec.groups[at], size, num_blocks[at], max_requests)
+        first_bytes = num_first * spec.groups[at].of_first_blocks().block_bytes(size)
+        num_blocks[at] -= -(-first_bytes // spec.groups[at].block_bytes(size))
+        num_blocks.append(num_first)
     if min(num_blocks) < 1:
+        least = sum(one.block_bytes(size) for one in spec.block_classes)
         raise CapacityError(
             f"capacity={format_bytes(capacity_bytes)} is less than one block of {size} tokens in every "
-            f"group ({format_bytes(spec.block_bytes())}); give more memory or a smaller block_size"
+            f"group ({format_bytes(least)}); give more memory or a smaller block_size"
         )
     return num_blocks
 
@@ -62,8 +77,15 @@ def _bounded_need(
     return 2 * max_requests * (group.window // size + 2) + max_batch_tokens // size
 
 
+def _num_first_blocks(group: GroupSpec, size: int, num_blocks: int, max_requests: int) -> int:
+    """Of the memory of so many of the group's other blocks."""
+    wanted = max(_FIRST_BLOCKS_OF_REQUEST * max_requests, num_blocks // _BLOCKS_OF_REQUEST)
+    num_bytes = int(_FIRST_SHARE * num_blocks * group.block_bytes(size))
+    return max(1, min(wanted, num_bytes // group.of_first_blocks().block_bytes(size)))
+
+
 class ArenaGroups:
-    """One arena per group; the BlockStore of a KVCache.
+    """One arena per group; the BlockStore of a KVCache, with as many blocks of each of `spec.block_classes`.
 
     With `poison` every block that is freed or handed out is filled with NaN, so that reading what nobody
     wrote shows up in the output: for tests.
@@ -76,7 +98,7 @@ class ArenaGroups:
     def __init__(
         self,
         spec: KVSpec,
-        group_num_blocks: Sequence[int],
+        class_num_blocks: Sequence[int],
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -87,13 +109,20 @@ class ArenaGroups:
         self._poison = poison
         self.arenas: dict[int, GroupArena] = {}
         self.states: dict[int, StateArena] = {}
-        for at, (group, num_blocks) in enumerate(zip(spec.groups, group_num_blocks, strict=True)):
+        words_of = partial(
+            WordArena, block_size=spec.block_size, dtype=dtype, device=device, rows_of=rows_of
+        )
+        firsts = class_num_blocks[len(spec.groups) :]
+        group_to_num_first = dict(zip(spec.first_block_groups, firsts, strict=True))
+        for at, (group, num_blocks) in enumerate(zip(spec.groups, class_num_blocks, strict=False)):
             if group.kind is LayerKind.RECURRENT:
                 self.states[at] = StateArena(num_blocks)
             elif layout == "words" and words_can_hold(group, spec.block_size):
-                self.arenas[at] = WordArena(
-                    group, spec.block_size, num_blocks, dtype=dtype, device=device, rows_of=rows_of
-                )
+                arena = words_of(group, num_blocks=num_blocks)
+                self.arenas[at] = arena
+                if at in group_to_num_first:
+                    first = words_of(group.of_first_blocks(), num_blocks=group_to_num_first[at])
+                    self.arenas[at] = SplitArena(arena, first)
             elif not group.formats:
                 self.arenas[at] = Arena(
                     group, spec.block_size, num_blocks, dtype=dtype, device=device

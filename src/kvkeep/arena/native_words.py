@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from kvkeep.arena.slots import Slots
+from kvkeep.arena.split_arena import SplitArena
 from kvkeep.arena.word_layout import WordLayout
+from kvkeep.arena.words import WordArena
 from kvkeep.codecs.rotation import signs
 from kvkeep.native import ArenaRef, Format, Kernels
 from kvkeep.spec import KVFormat
@@ -24,8 +26,15 @@ _FORMATS = {
 }
 
 
-def native_arena(kernels: Kernels, storage_NB: Tensor, layout: WordLayout) -> ArenaRef:
-    """The blocks of a WordArena as the kernels take them; valid as long as the storage is."""
+def native_arena(kernels: Kernels, arena: WordArena | SplitArena) -> ArenaRef:
+    """The blocks of an arena as the kernels take them; valid as long as its storage is."""
+    if isinstance(arena, SplitArena):
+        rest, first = native_arena(kernels, arena.rest), native_arena(kernels, arena.first)
+        return kernels.with_first_blocks(rest, first)
+    return _arena_ref(kernels, arena.storage, arena.layout)
+
+
+def _arena_ref(kernels: Kernels, storage_NB: Tensor, layout: WordLayout) -> ArenaRef:
     spec, layers = layout.spec, range(len(layout.spec.layers))
     return kernels.arena(
         storage_NB,
@@ -46,7 +55,7 @@ class NativeWordRows:
         self, kernels: Kernels, storage_NB: Tensor, layout: WordLayout, dtype: torch.dtype
     ) -> None:
         self._kernels = kernels
-        self._arena = native_arena(kernels, storage_NB, layout)
+        self._arena = _arena_ref(kernels, storage_NB, layout)
         self._spec = layout.spec
         self._scratch = torch.empty(2, 0, dtype=dtype)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvkeep.arena import ArenaGroups, WordArena, native_arena
+from kvkeep.arena import ArenaGroups, SplitArena, WordArena, WordLayout, native_arena
 from kvkeep.attention.base import AttentionTerms
 from kvkeep.attention.gather import GatherAttention, attend_gathered_batches
 from kvkeep.attention.inputs import GroupInputs, Item, PagedInputs, build_group_inputs
@@ -34,12 +34,12 @@ class NativeAttention:
     def __init__(self, arenas: ArenaGroups, kernels: Kernels) -> None:
         self._kernels = kernels
         self._gather = GatherAttention(arenas)
-        self._arenas: dict[int, WordArena] = {}
+        self._layouts: dict[int, WordLayout] = {}
         self._refs: dict[int, ArenaRef] = {}
         for group, arena in arenas.arenas.items():
-            assert isinstance(arena, WordArena)
-            self._arenas[group] = arena
-            self._refs[group] = native_arena(kernels, arena.storage, arena.layout)
+            assert isinstance(arena, WordArena | SplitArena)
+            self._layouts[group] = arena.layout
+            self._refs[group] = native_arena(kernels, arena)
         self._layer_to_terms: dict[tuple[int, int], tuple[AttentionTerms, TermsRef]] = {}
 
     def inputs(self, group: int, items: Sequence[Item]) -> GroupInputs:
@@ -48,7 +48,7 @@ class NativeAttention:
         Raises KernelError when a block lies outside of the arena.
         """
         self._kernels.num_threads = torch.get_num_threads()
-        layout, ref = self._arenas[group].layout, self._refs[group]
+        layout, ref = self._layouts[group], self._refs[group]
         short = [item for item in items if len(item.span) <= MOST_QUERIES]
         long = [item for item in items if len(item.span) > MOST_QUERIES]
         gathered = build_group_inputs(layout.spec, layout.block_size, items, _CPU, gathered=long)

@@ -4,6 +4,7 @@ from kvkeep.blocks.index import BlockIndex, Entry, PartialMatch
 from kvkeep.blocks.keys import Namespace, TokenChain, pack_tokens
 from kvkeep.blocks.ledger import BlockLedger
 from kvkeep.blocks.pool import Allocation, BlockPool, BlockState
+from kvkeep.blocks.split_pool import SplitPool
 
 __all__ = [
     "Allocation",
@@ -14,6 +15,7 @@ __all__ = [
     "Entry",
     "Namespace",
     "PartialMatch",
+    "SplitPool",
     "TokenChain",
     "pack_tokens",
 ]

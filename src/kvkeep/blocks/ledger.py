@@ -4,20 +4,26 @@ from collections.abc import Sequence
 
 from kvkeep.blocks.index import BlockIndex, Entry, PartialMatch
 from kvkeep.blocks.pool import Allocation, BlockPool, BlockState
-from kvkeep.policies import EvictionPolicy
+from kvkeep.blocks.split_pool import SplitPool
 from kvkeep.spec import BlockId, BlockKey, GroupSpec
 
 __all__ = ["BlockLedger"]
 
 
 class BlockLedger:
-    """The only place where pool and index change, so that they cannot drift apart."""
+    """The only place where pool and index change, so that they cannot drift apart.
 
-    def __init__(self, spec: GroupSpec, num_blocks: int, policy: EvictionPolicy[BlockId]) -> None:
+    With `first_blocks` number 0 of every table lies in that pool: see SplitPool.
+    """
+
+    def __init__(
+        self, spec: GroupSpec, pool: BlockPool, first_blocks: BlockPool | None = None
+    ) -> None:
         self.spec = spec
-        self.pool = BlockPool(num_blocks, policy)
+        self.pool: BlockPool | SplitPool = (
+            pool if first_blocks is None else SplitPool(pool, first_blocks)
+        )
         self._index = BlockIndex()
-        self.num_evictions = 0
 
     @property
     def num_sealed(self) -> int:
@@ -41,12 +47,14 @@ class BlockLedger:
         pool = self.pool
         return pool.state(block) is BlockState.FILLING and pool.num_holders(block) == 1
 
-    def allocate(self, num_blocks: int) -> Allocation | None:
-        """Blocks to fill, or None and no change; what had to be evicted for them is forgotten."""
-        allocation = self.pool.allocate(num_blocks)
+    def allocate(self, num_blocks: int, *, with_first: bool = False) -> Allocation | None:
+        """Blocks to fill, or None and no change; what had to be evicted for them is forgotten.
+
+        `with_first` the first of them is for number 0 of a table.
+        """
+        allocation = self.pool.allocate(num_blocks, with_first=with_first)
         if allocation is not None and allocation.evicted:
             self._index.discard(allocation.evicted)
-            self.num_evictions += len(allocation.evicted)
         return allocation
 
     def seal(self, blocks: Sequence[BlockId], entries: Sequence[Entry]) -> None:
@@ -61,6 +69,14 @@ class BlockLedger:
         """Withdraw sealed content; returns the blocks that became free."""
         self._index.discard(blocks)
         return self.pool.unseal(blocks)
+
+    def num_bytes(self, blocks: Sequence[BlockId], block_size: int) -> int:
+        """What the blocks take."""
+        classes = (self.spec, self.spec.of_first_blocks())
+        counts = self.pool.counts(blocks)
+        return sum(
+            count * one.block_bytes(block_size) for count, one in zip(counts, classes, strict=False)
+        )
 
     def sealed_blocks(self) -> list[BlockId]:
         """All blocks whose content has a key."""

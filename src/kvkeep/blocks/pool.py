@@ -40,6 +40,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, policy: EvictionPolicy[BlockId]) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
+        self.num_evictions = 0
         self._policy = policy
         self._num_holders = [0] * num_blocks
         self._states = [BlockState.FREE] * num_blocks
@@ -66,6 +67,18 @@ class BlockPool:
         """Blocks that at least one lease holds."""
         return self.num_blocks - self.num_available
 
+    def is_place(self, _number: int, _block: BlockId) -> bool:
+        """Whether the block may be what a table has at a number; SplitPool makes a difference."""
+        return True
+
+    def counts(self, blocks: Sequence[BlockId]) -> tuple[int, ...]:
+        """How many of the blocks are of each part, here the only one."""
+        return (len(blocks),)
+
+    def has_room(self, num_blocks: int, *, with_first: bool = False) -> bool:
+        """Whether `allocate` has so many blocks."""
+        return num_blocks <= self.num_available
+
     def state(self, block: BlockId) -> BlockState:
         """The block's state."""
         return self._states[block]
@@ -74,10 +87,11 @@ class BlockPool:
         """Leases that hold the block."""
         return self._num_holders[block]
 
-    def allocate(self, num_blocks: int) -> Allocation | None:
+    def allocate(self, num_blocks: int, *, with_first: bool = False) -> Allocation | None:
         """Hand out blocks for filling, free ones first; evicts as many as are still missing.
 
-        Returns None and changes nothing when there is no room.
+        `with_first` says that the first of them is for number 0 of a table, which is as good as any
+        here. Returns None and changes nothing when there is no room.
         """
         num_from_free = min(num_blocks, len(self._free))
         evicted = self._policy.evict(num_blocks - num_from_free)
@@ -86,6 +100,7 @@ class BlockPool:
         at = len(self._free) - num_from_free
         blocks = self._free[at:][::-1] + evicted
         del self._free[at:]
+        self.num_evictions += len(evicted)
         for block in blocks:
             self._num_holders[block] = 1
             self._states[block] = BlockState.FILLING

@@ -7,7 +7,7 @@ Nothing is visible before its bytes are: a block gets its key in `commit`, after
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from kvkeep.blocks import BlockLedger, TokenChain
+from kvkeep.blocks import BlockLedger, BlockPool, TokenChain
 from kvkeep.cache.lease import BlockTable, Lease
 from kvkeep.cache.lookup import RequestPlan, plan_request
 from kvkeep.cache.receipts import CacheStats, DropReceipt, GroupStats, VerifyReport
@@ -34,21 +34,29 @@ class BlockStore(Protocol):
 
 
 class KVCache:
-    """Who holds which block of every KV group, what each holds, and what a request still needs."""
+    """Who holds which block of every KV group, what each holds, and what a request still needs.
+
+    Blocks are counted by class, `KVSpec.block_classes`: the first blocks of a group may be one of their own.
+    """
 
     def __init__(
         self,
         spec: KVSpec,
-        group_num_blocks: Sequence[int],
+        class_num_blocks: Sequence[int],
         store: BlockStore,
         *,
         policy: str = "lru",
     ) -> None:
         self.spec = spec
         self._store = store
+        pools = [
+            BlockPool(num_blocks, make_policy(policy))
+            for _, num_blocks in zip(spec.block_classes, class_num_blocks, strict=True)
+        ]
+        firsts = dict(zip(spec.first_block_groups, pools[len(spec.groups) :], strict=True))
+        self._pools = pools
         self._ledgers = [
-            BlockLedger(group, num_blocks, make_policy(policy))
-            for group, num_blocks in zip(spec.groups, group_num_blocks, strict=True)
+            BlockLedger(group, pools[at], firsts.get(at)) for at, group in enumerate(spec.groups)
         ]
         self._leases: set[Lease] = set()
         self._reused_tokens = 0
@@ -67,9 +75,9 @@ class KVCache:
         return self._plan(chain).coverage.gaps if len(chain) else ()
 
     def blocks_needed(self, num_tokens: int, span_tokens: int) -> list[int]:
-        """For each group, the blocks that a request holds at its longest, `span_tokens` a step."""
-        size = self.spec.block_size
-        return [
+        """For each class, the blocks that a request holds at its longest, `span_tokens` a step."""
+        size, firsts = self.spec.block_size, self.spec.first_block_groups
+        needed = [
             1
             if group.kind is LayerKind.RECURRENT
             else min(
@@ -78,14 +86,17 @@ class KVCache:
             )
             for group in self.spec.groups
         ]
+        for group in firsts:
+            needed[group] -= 1
+        return needed + [1] * len(firsts)
 
     def num_blocks(self) -> list[int]:
-        """For each group, the blocks of its arena."""
-        return [ledger.pool.num_blocks for ledger in self._ledgers]
+        """For each class, the blocks there are."""
+        return [pool.num_blocks for pool in self._pools]
 
     def num_available(self) -> list[int]:
-        """For each group, the blocks that are free or can be evicted."""
-        return [ledger.pool.num_available for ledger in self._ledgers]
+        """For each class, the blocks that are free or can be evicted."""
+        return [pool.num_available for pool in self._pools]
 
     # --- the life of a lease ---------------------------------------------------------------------
 
@@ -123,7 +134,7 @@ class KVCache:
         """
         missing = [self._missing_blocks(lease, group, spans) for group in range(len(self._ledgers))]
         for numbers, ledger in zip(missing, self._ledgers, strict=True):
-            if len(numbers) > ledger.pool.num_available:
+            if not ledger.pool.has_room(len(numbers), with_first=0 in numbers):
                 return False
         for group, numbers in enumerate(missing):
             if numbers:
@@ -212,16 +223,16 @@ class KVCache:
         """Bytes and blocks in use, reusable and free."""
         groups = tuple(
             GroupStats(
-                name=ledger.spec.name,
-                layers=ledger.spec.layers,
-                num_blocks=ledger.pool.num_blocks,
-                block_bytes=ledger.spec.block_bytes(self.spec.block_size),
-                in_use=ledger.pool.num_held,
-                reusable=ledger.pool.num_evictable,
-                free=ledger.pool.num_free,
-                num_evictions=ledger.num_evictions,
+                name=one.name,
+                layers=one.layers,
+                num_blocks=pool.num_blocks,
+                block_bytes=one.block_bytes(self.spec.block_size),
+                in_use=pool.num_held,
+                reusable=pool.num_evictable,
+                free=pool.num_free,
+                num_evictions=pool.num_evictions,
             )
-            for ledger in self._ledgers
+            for one, pool in zip(self.spec.block_classes, self._pools, strict=True)
         )
         return CacheStats(
             capacity_bytes=sum(group.num_blocks * group.block_bytes for group in groups),
@@ -268,7 +279,7 @@ class KVCache:
         for group, source in held.items():
             self._ledgers[group].pool.acquire([source])
         has_room = all(
-            ledger.pool.num_available
+            ledger.pool.has_room(1, with_first=number == 0)
             for group, ledger in enumerate(self._ledgers)
             if group in held or ledger.spec.kind is LayerKind.RECURRENT
         )
@@ -306,10 +317,10 @@ class KVCache:
         return missing if len(spans) == 1 else sorted(set(missing))
 
     def _allocate_into(self, lease: Lease, group: int, numbers: Sequence[int]) -> None:
-        """Fresh blocks at the given numbers, with the content of what was there before."""
+        """Fresh blocks at the given numbers, in order, with the content of what was there before."""
         table = lease.tables[group]
         table.grow(max(numbers) + 1)
-        allocation = self._ledgers[group].allocate(len(numbers))
+        allocation = self._ledgers[group].allocate(len(numbers), with_first=numbers[0] == 0)
         assert allocation is not None
         self._store.poison(group, allocation.blocks)
         for number, block in zip(numbers, allocation.blocks, strict=True):
@@ -372,7 +383,7 @@ class KVCache:
             freed = ledger.forget(blocks)
             self._store.poison(group, freed)
             num_held += len(blocks) - len(freed)
-            num_bytes += len(blocks) * ledger.spec.block_bytes(self.spec.block_size)
+            num_bytes += ledger.num_bytes(blocks, self.spec.block_size)
         return DropReceipt(
             num_blocks=sum(len(blocks) for blocks in group_blocks),
             num_bytes=num_bytes,

@@ -35,7 +35,7 @@ class DropReceipt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupStats:
-    """Blocks of one KV group: `in_use + reusable + free == num_blocks`."""
+    """Blocks of one KV group: `in_use + reusable + free == num_blocks`. First blocks may be apart."""
 
     name: str
     layers: tuple[int, ...]
@@ -49,7 +49,10 @@ class GroupStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheStats:
-    """What the device arena holds, in bytes: `in_use + reusable + free == capacity`."""
+    """What the device arena holds, in bytes: `in_use + reusable + free == capacity`.
+
+    `groups` has an entry for each of `KVSpec.block_classes`.
+    """
 
     capacity_bytes: int
     in_use_bytes: int

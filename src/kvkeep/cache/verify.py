@@ -30,6 +30,9 @@ def _check_lease(lease: Lease, group: int, ledger: BlockLedger) -> list[str]:
     pending: set[int] = set()
     for gap in lease.gaps:
         pending.update(range(gap.start // size, -(-gap.stop // size)))
+    for number, block in enumerate(table.blocks):
+        if block is not None and not ledger.pool.is_place(number, block):
+            problems.append(f"block {block} is at number {number}, which lies in another arena")
     for number, block in enumerate(table.blocks[: len(keys)]):
         key = None if block is None else ledger.key_of(block)
         # A block about to be replaced by a private copy may still have its old name.

@@ -179,7 +179,7 @@ def _show_facts(console: Console, facts: dict[str, str]) -> None:
 def _group_table(spec: "KVSpec") -> Table:
     columns = ("group", "layers", "window", "key heads", "value heads", "per token", "per block")
     table = new_table(*columns)
-    for group in spec.groups:
+    for group in spec.block_classes:
         table.add_row(
             group.name,
             str(len(group.layers)),

@@ -15,7 +15,7 @@ from kvkeep.config import EngineSettings, parse_bytes
 from kvkeep.errors import CapacityError, UnsupportedModelError
 from kvkeep.hf.fingerprint import longest_context
 from kvkeep.hf.format_probe import FormatProbe
-from kvkeep.hf.geometry import measure_geometry
+from kvkeep.hf.geometry import ModelGeometry, measure_geometry
 from kvkeep.hf.install import free_memory_bytes
 from kvkeep.hf.kv_formats import asked_formats
 from kvkeep.hf.linear import LinearChoice
@@ -166,7 +166,7 @@ def _with_verdict(
     report: Report, loaded: LoadedModel, settings: EngineSettings, lengths: Sequence[int]
 ) -> Report:
     try:
-        measured = measure_geometry(loaded.model, settings.block_size).spec
+        measured = _geometry(loaded, settings).spec
         # What a model that is refused would have stored.
         report = replace(report, spec=asked_formats(measured, settings))
         verdict = judge(loaded.model, settings)
@@ -189,6 +189,12 @@ def _with_verdict(
     return replace(report, fits=tuple(fits))
 
 
+def _geometry(loaded: LoadedModel, settings: EngineSettings) -> ModelGeometry:
+    return measure_geometry(
+        loaded.model, settings.block_size, exact_first_block=settings.kv_exact_first_block
+    )
+
+
 def _with_formats(
     report: Report, loaded: LoadedModel, settings: EngineSettings, say: Callable[[str], None]
 ) -> Report:
@@ -196,7 +202,7 @@ def _with_formats(
     kernels = load_kernels() if report.self_test.with_kernels else None
     served = Served(
         loaded.model,
-        measure_geometry(loaded.model, settings.block_size),
+        _geometry(loaded, settings),
         report.self_test.mode,
         kernels if isinstance(kernels, Kernels) else None,
     )
@@ -218,13 +224,17 @@ def _fit(spec: KVSpec, settings: EngineSettings, capacity: int, lengths: Sequenc
         max_requests=settings.max_requests,
         max_batch_tokens=settings.max_batch_tokens,
     )
-    groups = list(zip(spec.groups, num_blocks, strict=True))
+    groups = list(zip(spec.groups, num_blocks, strict=False))
+    # Of first blocks that lie apart a request has one.
+    firsts = num_blocks[len(groups) :]
     keeping_all = [count for group, count in groups if group.kind is LayerKind.FULL]
     return Fit(
         capacity_bytes=capacity,
         num_tokens=min(keeping_all) * spec.block_size if keeping_all else None,
         requests_of={
-            length: min(count // _blocks_held(group, spec, length) for group, count in groups)
+            length: min(
+                [count // _blocks_held(group, spec, length) for group, count in groups] + firsts
+            )
             for length in lengths
         },
     )

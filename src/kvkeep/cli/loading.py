@@ -15,7 +15,7 @@ __all__ = ["engine_settings", "open_llm", "sampling_params"]
 
 def engine_settings(options: Mapping[str, Any]) -> EngineSettings:
     """What `capacity_options` and `format_options` ask for."""
-    names = ("capacity", "block_size", "kv_format", "kernels")
+    names = ("capacity", "block_size", "kv_format", "kv_exact_first_block", "kernels")
     return EngineSettings(**{name: options[name] for name in names})
 
 

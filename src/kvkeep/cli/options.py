@@ -67,7 +67,7 @@ def capacity_options(function: _Command) -> _Command:
 
 
 def format_options(function: _Command) -> _Command:
-    """--kv-format and --kernels of the cache."""
+    """--kv-format, --kv-exact-first-block and --kernels of the cache."""
     return _together(
         click.option(
             "--kv-format",
@@ -75,6 +75,11 @@ def format_options(function: _Command) -> _Command:
             show_default=True,
             help=f"How K/V are stored: {', '.join(LONG_FORMAT_NAMES)}. The last four take fewer bytes and "
             "change outputs a little.",
+        ),
+        click.option(
+            "--kv-exact-first-block",
+            is_flag=True,
+            help="Keep the first block of every sequence as the model computes it, whatever the format.",
         ),
         click.option(
             "--kernels",

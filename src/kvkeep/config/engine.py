@@ -24,9 +24,10 @@ class EngineSettings:
     `kv_format` is how K/V are stored, one of kvkeep.spec.FORMAT_NAMES: "auto" as the model computes them,
     "int4" in about a quarter of the bytes of bfloat16. `kv_exact_layers` are layers that stay as the model
     computes them: "auto" measures what a quantised format does to this model and keeps those that it must,
-    or refuses the format; numbers of layers, or none, are taken as they are. `kernels` "auto" uses the
-    compiled CPU kernels where they are installed and pass the self-test, "torch" never; `poison` fills freed
-    blocks with NaN, for tests.
+    or refuses the format; numbers of layers, or none, are taken as they are. `kv_exact_first_block` keeps the
+    first block of every sequence so, which all later tokens may attend to, in layers that read all positions.
+    `kernels` "auto" uses the compiled CPU kernels where they are installed and pass the self-test, "torch"
+    never; `poison` fills freed blocks with NaN, for tests.
     """
 
     block_size: int = 32
@@ -38,6 +39,7 @@ class EngineSettings:
     mode: str = "auto"
     kv_format: str = "auto"
     kv_exact_layers: tuple[int, ...] | str = "auto"
+    kv_exact_first_block: bool = False
     kernels: str = "auto"
     self_test: bool = True
     poison: bool = False
@@ -67,6 +69,10 @@ class EngineSettings:
             raise ConfigError(
                 f"kv_exact_layers={self.kv_exact_layers!r} is no tuple of layer numbers; give () for none, "
                 "or 'auto'"
+            )
+        if not isinstance(self.kv_exact_first_block, bool):
+            raise ConfigError(
+                f"kv_exact_first_block={self.kv_exact_first_block!r} is not a bool; give True or False"
             )
         if self.kernels not in _KERNELS:
             raise ConfigError(f"kernels={self.kernels!r} is unknown; choose auto or torch")

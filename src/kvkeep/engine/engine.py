@@ -227,13 +227,13 @@ class Engine:
             )
         longest = min(len(chain) + params.max_tokens, self._end.max_context)
         needed = self.cache.blocks_needed(longest, self.settings.max_batch_tokens)
-        for need, have, group in zip(
-            needed, self.cache.num_blocks(), self.cache.spec.groups, strict=True
+        for need, have, one in zip(
+            needed, self.cache.num_blocks(), self.cache.spec.block_classes, strict=True
         ):
             if need > have:
                 raise CapacityError(
                     f"a request of {longest} tokens (prompt {len(chain)}, max_tokens "
-                    f"{params.max_tokens}) needs {need} blocks in group {group.name}, which has {have}; "
+                    f"{params.max_tokens}) needs {need} blocks in group {one.name}, which has {have}; "
                     "raise capacity or lower max_tokens"
                 )
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from kvkeep.attention import AttentionBackend
@@ -33,6 +34,9 @@ _LIMIT = 0.05
 # A model that rounds as much by itself is not the format's fault.
 _NOISE_MARGIN = 2.0
 _ROWS_AT_ONCE = 64
+# Of first blocks that lie apart, while a format is measured: sequences are short, and what is quantised lies
+# behind. Attention sinks are fewer tokens than these.
+_FIRST_BLOCK_SIZE = 8
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -146,15 +150,17 @@ def probe_format(served: Served, name: str, basis: ProbeBasis) -> FormatProbe:
     """Measure a format; when it is over the limit, also with the most damaged layers kept exact.
 
     One forward over the basis where all is well. Else one that ranks the layers, and one for each number of
-    exact layers that is tried: 1, 2, 4, up to half of them.
+    exact layers that is tried: 1, 2, 4, up to half of them. Where first blocks are kept exact, only what lies
+    behind eight such tokens counts.
     """
-    whole = _measured(served, name, (), basis)
+    served, rows_R = _behind_first_blocks(served, basis)
+    whole = _measured(served, name, (), basis, rows_R)
     found = whole
     exact_layers: tuple[int, ...] = ()
     if whole.kld > basis.limit:
         for candidate in _candidates(_ranking(served, name, basis)):
             exact_layers = candidate
-            found = _measured(served, name, exact_layers, basis)
+            found = _measured(served, name, exact_layers, basis, rows_R)
             if found.kld <= basis.limit:
                 break
     return FormatProbe(
@@ -165,7 +171,7 @@ def probe_format(served: Served, name: str, basis: ProbeBasis) -> FormatProbe:
         whole_kld=whole.kld,
         whole_top1_agreement=whole.top1_agreement,
         limit=basis.limit,
-        num_positions=len(basis.logits_TV),
+        num_positions=len(rows_R),
         noise_kld=basis.noise.kld,
         noise_top1_agreement=basis.noise.top1_agreement,
     )
@@ -185,12 +191,24 @@ def divergence(logits_RV: Tensor, other_RV: Tensor) -> Divergence:
     return Divergence(max(mean, 0.0) if mean == mean else float("inf"), agreeing / len(logits_RV))
 
 
+def _behind_first_blocks(served: Served, basis: ProbeBasis) -> tuple[Served, Tensor]:
+    """How a format is measured, and the rows that count: all of them unless first blocks are kept exact."""
+    spec, num_exact = served.geometry.spec, 0
+    if spec.exact_first_block and spec.block_size % _FIRST_BLOCK_SIZE == 0:
+        num_exact = _FIRST_BLOCK_SIZE
+        spec = replace(spec, block_size=num_exact)
+        served = replace(served, geometry=replace(served.geometry, spec=spec))
+    positions = [at for ids in basis.sequences for at in range(len(ids))]
+    rows_R = torch.tensor([row for row, at in enumerate(positions) if at >= num_exact])
+    return served, rows_R
+
+
 def _measured(
-    served: Served, name: str, exact_layers: Sequence[int], basis: ProbeBasis
+    served: Served, name: str, exact_layers: Sequence[int], basis: ProbeBasis, rows_R: Tensor
 ) -> Divergence:
     own = served_in(served, name, exact_layers)
     logits_TV = trial_logits(own, basis.sequences, chunk=_chunk(served, basis.sequences))
-    return divergence(basis.logits_TV, logits_TV)
+    return divergence(basis.logits_TV[rows_R], logits_TV[rows_R])
 
 
 def _ranking(served: Served, name: str, basis: ProbeBasis) -> list[int]:

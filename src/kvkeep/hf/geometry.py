@@ -65,10 +65,13 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
-def measure_geometry(model: PreTrainedModel, block_size: int) -> ModelGeometry:
+def measure_geometry(
+    model: PreTrainedModel, block_size: int, *, exact_first_block: bool = False
+) -> ModelGeometry:
     """Run a few tokens through the model and read the shapes that its own cache got.
 
-    Raises UnsupportedModelError when the model keeps something else than keys, values and states.
+    `exact_first_block` is that of KVSpec. Raises UnsupportedModelError when the model keeps something else
+    than keys, values and states.
     """
     config = text_config(model)
     layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
@@ -96,7 +99,9 @@ def measure_geometry(model: PreTrainedModel, block_size: int) -> ModelGeometry:
     sources = _shared_kv_sources(config)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return ModelGeometry(
-        spec=KVSpec(groups=groups, block_size=block_size, dtype=dtype),
+        spec=KVSpec(
+            groups=groups, block_size=block_size, dtype=dtype, exact_first_block=exact_first_block
+        ),
         places=places | {layer: places[source] for layer, source in sources.items()},
         consumers=frozenset(sources),
         recurrent_layers=tuple(

@@ -101,7 +101,14 @@ class DamageMeter(AttentionBackend):
         self, group: int, layer: int, k_1KTD: Tensor, v_1KTD: Tensor
     ) -> tuple[Tensor, Tensor]:
         pair = self._spec.groups[group].formats[layer]
-        return _round_trip(pair.k, k_1KTD), _round_trip(pair.v, v_1KTD)
+        rounded = _round_trip(pair.k, k_1KTD), _round_trip(pair.v, v_1KTD)
+        if group in self._spec.first_block_groups:
+            for item in self._items[group]:
+                stop = item.row + max(0, self._spec.block_size - item.span.start)
+                rows = slice(item.row, min(stop, item.row + len(item.span)))
+                for x, other in zip((k_1KTD, v_1KTD), rounded, strict=True):
+                    other[:, :, rows] = x[:, :, rows].float()
+        return rounded
 
 
 class _Ratio:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 __all__ = ["LinearChoice", "LinearKernels", "LinearTrials", "try_layers"]
 
-_ROWS = (1, 2, 4, 8, 16)
+_ROWS = (1, 2, 4, 8, 16, 32)
 _ROUNDS = 7
 # A large weight is raced in windows: memory, not the cache, must be what both sides wait for.
 _WINDOW_BYTES = 4 << 20
@@ -35,7 +35,7 @@ class LinearKernels(Protocol):
     def linear(
         self, weight_NK: Tensor, bias_N: Tensor | None, x_XK: Tensor, out_XN: Tensor, /
     ) -> None:
-        """Compute out = x @ weight.T + bias for 1 to 16 rows; all bf16, contiguous, on the CPU."""
+        """Compute out = x @ weight.T + bias for 1 to 32 rows; all bf16, contiguous, on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

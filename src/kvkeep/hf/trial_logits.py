@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvkeep.arena import fit_blocks
 from kvkeep.attention import AttentionBackend
 from kvkeep.blocks import Namespace, TokenChain
 from kvkeep.cache import KVCache, Lease
@@ -21,7 +20,7 @@ from kvkeep.hf.memory import allocate_memory, kernels_can_serve
 from kvkeep.hf.paged_model import Mode, PagedModel, Work
 from kvkeep.native import Kernels
 from kvkeep.planning import cut_spans
-from kvkeep.spec import Span
+from kvkeep.spec import KVSpec, Span
 
 __all__ = ["Served", "trial_logits"]
 
@@ -55,7 +54,7 @@ def trial_logits(
     """
     spec = served.geometry.spec
     parameter = next(served.model.parameters())
-    num_blocks = _num_blocks(served, sequences)
+    num_blocks = _num_blocks(spec, sequences)
     kernels = served.kernels if kernels_can_serve(spec, parameter.device) else None
     memory = allocate_memory(
         spec,
@@ -75,15 +74,10 @@ def trial_logits(
         return torch.cat([_in_turn(cache, paged, lease, chunk) for lease in leases])
 
 
-def _num_blocks(served: Served, sequences: Sequence[Sequence[int]]) -> list[int]:
-    spec = served.geometry.spec
+def _num_blocks(spec: KVSpec, sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Room for all sequences at once, in every class of blocks."""
     needed = sum(spec.num_blocks(len(ids)) for ids in sequences)
-    return fit_blocks(
-        spec,
-        spec.block_bytes() * (4 * needed + 8) if spec.is_recurrent else spec.block_bytes() * needed,
-        max_requests=len(sequences),
-        max_batch_tokens=spec.block_size * needed,
-    )
+    return [needed] * len(spec.block_classes)
 
 
 def _lease(cache: KVCache, ids: Sequence[int]) -> Lease:

@@ -49,7 +49,9 @@ def judge(model: PreTrainedModel, settings: EngineSettings) -> Verdict:
     ConfigError when its K/V cannot have that format at all.
     """
     model.eval()
-    geometry = measure_geometry(model, settings.block_size)
+    geometry = measure_geometry(
+        model, settings.block_size, exact_first_block=settings.kv_exact_first_block
+    )
     spec = asked_formats(geometry.spec, settings)
     kernels = _find_kernels(settings, next(model.parameters()).device)
     linears = _install_linears(model, kernels)

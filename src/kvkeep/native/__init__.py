@@ -5,7 +5,7 @@ compiler kvkeep is installed without them, and `load_kernels` says why they are 
 """
 
 from kvkeep.native.huge_pages import advise_huge_pages
-from kvkeep.native.kernels import MOST_QUERIES, Kernels, load_kernels
+from kvkeep.native.kernels import MOST_QUERIES, MOST_ROWS, Kernels, load_kernels
 from kvkeep.native.library import KernelsAbsent
 from kvkeep.native.refs import MOST_DIM, ArenaRef, ItemsRef, SlotsRef, TermsRef
 from kvkeep.native.structs import Format, Isa, ReadKind
@@ -13,6 +13,7 @@ from kvkeep.native.structs import Format, Isa, ReadKind
 __all__ = [
     "MOST_DIM",
     "MOST_QUERIES",
+    "MOST_ROWS",
     "ArenaRef",
     "Format",
     "Isa",

@@ -24,13 +24,15 @@ from kvkeep.native.refs import (
     items_ref,
     slots_ref,
     terms_ref,
+    with_first_blocks,
 )
 from kvkeep.native.structs import ArenaStruct, Format, Isa, ReturnCode, pack_rows
 
-__all__ = ["MOST_QUERIES", "Kernels", "load_kernels"]
+__all__ = ["MOST_QUERIES", "MOST_ROWS", "Kernels", "load_kernels"]
 
-# Queries of an item, and rows of a linear layer's input.
+# Queries of an item; rows of a linear layer's input.
 MOST_QUERIES = 16
+MOST_ROWS = 32
 
 _BF16 = torch.bfloat16
 _DTYPE_TO_FORMAT = {
@@ -50,6 +52,7 @@ class Kernels:
     """The loaded kernels. `isa` is the instruction set that they use, `num_threads` how many threads."""
 
     arena = staticmethod(arena_ref)
+    with_first_blocks = staticmethod(with_first_blocks)
     slots = staticmethod(slots_ref)
     items = staticmethod(items_ref)
     terms = staticmethod(terms_ref)
@@ -196,7 +199,7 @@ class Kernels:
     def linear(
         self, weight_NK: Tensor, bias_N: Tensor | None, x_XK: Tensor, out_XN: Tensor
     ) -> None:
-        """Compute out = x @ weight.T + bias for up to MOST_QUERIES rows; all bf16, contiguous."""
+        """Compute out = x @ weight.T + bias for up to MOST_ROWS rows; all bf16, contiguous."""
         num_outputs, num_inputs = weight_NK.shape
         *leading, num_columns = x_XK.shape
         if num_columns != num_inputs or not (_is_dense(weight_NK) and _is_dense(x_XK)):

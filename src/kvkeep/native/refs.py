@@ -6,7 +6,7 @@ the tables of all items, L layers, D head size, H query heads.
 
 from collections.abc import Sequence
 from ctypes import addressof, c_int32, c_int64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from kvkeep.native.structs import (
 )
 
 __all__ = ["MOST_DIM", "ArenaRef", "ItemsRef", "SlotsRef", "TermsRef"]
-__all__ += ["arena_ref", "items_ref", "slots_ref", "terms_ref"]
+__all__ += ["arena_ref", "items_ref", "slots_ref", "terms_ref", "with_first_blocks"]
 
 # The largest head size of keys or values.
 MOST_DIM = 2048
@@ -128,6 +128,18 @@ def arena_ref(
     )  # fmt: skip
     kept = (blocks_NE, layers, k_signs_D, v_signs_D)
     return ArenaRef(struct, addressof(struct), num_kv_heads, k_dim, v_dim, kept)
+
+
+def with_first_blocks(arena: ArenaRef, first: ArenaRef) -> ArenaRef:
+    """`arena` with the first block of every table in `first`, whose block i has the id `num_blocks + i`.
+
+    Both are of the same sizes, which kernels check, and may differ in formats.
+    """
+    struct = ArenaStruct.from_buffer_copy(arena.struct)
+    struct.first_blocks = first.address
+    return replace(
+        arena, struct=struct, address=addressof(struct), kept=(*arena.kept, arena, first)
+    )
 
 
 def slots_ref(blocks_T: Tensor, offsets_T: Tensor) -> SlotsRef:

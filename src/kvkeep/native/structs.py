@@ -65,6 +65,7 @@ class ArenaStruct(Structure):
         ("v_formats", c_void_p),
         ("k_signs", c_void_p),
         ("v_signs", c_void_p),
+        ("first_blocks", c_void_p),
     )
 
 
