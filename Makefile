@@ -16,7 +16,7 @@ INSTALL_INPUTS := pyproject.toml scripts/make_venv.sh scripts/install_torch.py \
 CODE := $(wildcard src models benchmarks tests scripts examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu format bench soak docs clean
+.PHONY: help setup demo test test-gpu format bench bench-peers soak docs clean
 .PHONY: check check-format check-lint check-types check-layers check-sizes check-native
 
 help: ## list the targets
@@ -79,6 +79,9 @@ docs: $(DEVELOPMENT) ## check links, examples and the command line help in the d
 
 bench: $(DEVELOPMENT) ## run every benchmark and write benchmarks/results/
 	$(BIN)/python -m benchmarks.run_all $(BENCH_ARGS)
+
+bench-peers: $(DEVELOPMENT) ## measure kvkeep beside other engines, each in an environment under .peers/
+	$(BIN)/python -m benchmarks.peers.compare $(BENCH_ARGS)
 
 soak: $(DEVELOPMENT) ## run the long random test of a whole server
 	$(BIN)/python -m benchmarks.soak $(SOAK_ARGS)

@@ -54,8 +54,8 @@ def measure(run: Run, settings: Settings) -> None:
     """Everything over one model and one engine, whose arena holds the largest batch."""
     torch.manual_seed(run.seed)
     _check_tokens(run, settings)
-    room = max(one.batch * (one.context + one.steps + 64) for one in settings.decodes)
-    llm = make_llm(build_model(settings.shape, torch.bfloat16), max(room, *settings.prefills))
+    batches = [one.batch * (one.context + one.steps + 64) for one in settings.decodes]
+    llm = make_llm(build_model(settings.shape, torch.bfloat16), max([*batches, *settings.prefills]))
     check_mode(run, llm)
     for decode in settings.decodes:
         _compare_steps(run, settings, llm, decode)

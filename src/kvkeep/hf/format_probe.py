@@ -6,6 +6,7 @@ Legend: T tokens of all sequences, V vocabulary, R rows of logits.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ __all__ = [
 # Nats. Caches of 4 bits that work were measured by others at 0.01 to 0.02; one at 0.055 made every fourth
 # most likely token another one.
 _LIMIT = 0.05
+# What a format can be had for where few layers are delicate: these are kept exact until it is reached.
+_NAME_TO_AIM = {"fp8": 0.003, "int8": 0.003, "int4": 0.02}
 # A model that rounds as much by itself is not the format's fault.
 _NOISE_MARGIN = 2.0
 _ROWS_AT_ONCE = 64
@@ -65,10 +68,16 @@ class ProbeBasis:
         """The largest mean divergence that is accepted."""
         return max(_LIMIT, _NOISE_MARGIN * self.noise.kld)
 
+    def aim(self, name: str) -> float:
+        """The mean divergence up to which no more layers are kept exact."""
+        return min(self.limit, max(_NAME_TO_AIM.get(name, _LIMIT), _NOISE_MARGIN * self.noise.kld))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormatProbe:
     """The verdict on one format, against K/V in the model's dtype.
+
+    Layers are kept exact until the divergence is within the `aim`; within the `limit` it will do.
 
     `kld` is the mean KL divergence of next-token distributions in nats, `top1_agreement` the share of
     positions with the same most likely token; both with `exact_layers` kept in the model's dtype, and
@@ -82,6 +91,7 @@ class FormatProbe:
     exact_layers: tuple[int, ...]
     whole_kld: float
     whole_top1_agreement: float
+    aim: float
     limit: float
     num_positions: int
     noise_kld: float
@@ -111,12 +121,12 @@ class FormatProbe:
             )
         if self.exact_layers:
             _LOGGER.warning(
-                "kv_format=%r alone changes what this model (%s) says by too much (%s; limit %.2g nats), so "
-                "it has %s: now %s. kv_exact_layers sets them by hand",
+                "kv_format=%r in all layers changes what this model (%s) says more than it should (%s; "
+                "the aim is %.2g nats), so it has %s: now %s. kv_exact_layers sets them by hand",
                 self.format,
                 model_type,
                 whole,
-                self.limit,
+                self.aim,
                 kept,
                 found,
             )
@@ -147,22 +157,22 @@ def measure_basis(served: Served) -> ProbeBasis:
 
 
 def probe_format(served: Served, name: str, basis: ProbeBasis) -> FormatProbe:
-    """Measure a format; when it is over the limit, also with the most damaged layers kept exact.
+    """Measure a format; when it misses its aim, also with the most damaged layers kept exact.
 
     One forward over the basis where all is well. Else one that ranks the layers, and one for each number of
-    exact layers that is tried: 1, 2, 4, up to half of them. Where first blocks are kept exact, only what lies
-    behind eight such tokens counts.
+    exact layers that is tried: 1, 2, 4, up to half of them. Where none reaches the aim it is the fewest that
+    are within the limit. Where first blocks are kept exact, only what lies behind eight such tokens counts.
     """
     served, rows_R = _behind_first_blocks(served, basis)
     whole = _measured(served, name, (), basis, rows_R)
-    found = whole
-    exact_layers: tuple[int, ...] = ()
-    if whole.kld > basis.limit:
+    tried = [_Tried((), whole)]
+    if whole.kld > basis.aim(name):
         for candidate in _candidates(_ranking(served, name, basis)):
-            exact_layers = candidate
-            found = _measured(served, name, exact_layers, basis, rows_R)
-            if found.kld <= basis.limit:
+            found = _measured(served, name, candidate, basis, rows_R)
+            tried.append(_Tried(candidate, found))
+            if found.kld <= basis.aim(name):
                 break
+    exact_layers, found = _best(tried, basis, name)
     return FormatProbe(
         format=name,
         kld=found.kld,
@@ -170,11 +180,26 @@ def probe_format(served: Served, name: str, basis: ProbeBasis) -> FormatProbe:
         exact_layers=exact_layers,
         whole_kld=whole.kld,
         whole_top1_agreement=whole.top1_agreement,
+        aim=basis.aim(name),
         limit=basis.limit,
         num_positions=len(rows_R),
         noise_kld=basis.noise.kld,
         noise_top1_agreement=basis.noise.top1_agreement,
     )
+
+
+class _Tried(NamedTuple):
+    """Layers kept exact, and what is left."""
+
+    exact_layers: tuple[int, ...]
+    found: Divergence
+
+
+def _best(tried: Sequence[_Tried], basis: ProbeBasis, name: str) -> _Tried:
+    """The one that reaches the aim, or the first one within the limit, or the last one."""
+    if tried[-1].found.kld <= basis.aim(name):
+        return tried[-1]
+    return next((one for one in tried if one.found.kld <= basis.limit), tried[-1])
 
 
 def divergence(logits_RV: Tensor, other_RV: Tensor) -> Divergence:
