@@ -16,7 +16,7 @@ INSTALL_INPUTS := pyproject.toml scripts/make_venv.sh scripts/install_torch.py \
 CODE := $(wildcard src models benchmarks tests scripts examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu format bench bench-peers soak docs clean
+.PHONY: help setup demo test test-gpu faults format bench bench-peers soak docs clean
 .PHONY: check check-format check-lint check-types check-layers check-sizes check-native
 
 help: ## list the targets
@@ -43,7 +43,11 @@ demo: $(RUNTIME) ## show what the cache does, on the bundled model
 	$(BIN)/kvkeep demo
 
 test: $(DEVELOPMENT) ## run the tests (PYTEST_ARGS="-k name" to choose)
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	sh scripts/install_servers.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto $(PYTEST_ARGS)
+
+faults: $(DEVELOPMENT) ## kill writers of a disk tier 2,000 times (FAULT_ARGS="--kills 500")
+	$(BIN)/python -m tests.faults.kill9 $(FAULT_ARGS)
 
 test-gpu: $(DEVELOPMENT) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

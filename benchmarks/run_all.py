@@ -28,12 +28,21 @@ NAME_TO_MINUTES = {
     "format_quality": 5.0,
     "batch32": 11.0,
     "decode": 6.0,
+    "tier_speed": 1.0,
+    "disk_startup": 1.0,
+    "resp_speed": 1.0,
+    "offload": 5.0,
+    "moves_beside_decode": 2.0,
+    "planner_regret": 0.5,
+    "planner_real": 4.0,
+    "trace_policies": 4.0,
 }
-FULL_MINUTES = 52.0
+FULL_MINUTES = 71.0
 # Scripts that measure a model of a real shape, and so can be asked for another one. The batches of "decode"
 # are as large as memory allows in its own shape.
 SHAPED = frozenset(NAME_TO_MINUTES) - {
     "ledger", "linear", "attention", "decode", "format_quality", "memory_waste", "overhead",
+    "tier_speed", "disk_startup", "resp_speed", "planner_regret", "planner_real", "trace_policies",
 }  # fmt: skip
 _LEGEND = (
     "Medians, with the 10th to the 90th percentile in brackets, or the extremes where there are fewer than "

@@ -4,14 +4,16 @@ What a slot holds is the number of a prefix: equal numbers mean equal namespace,
 the first one on, and so equal position. A recurrent state holds the prefix that it has seen.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 
 from kvkeep.blocks import Namespace, TokenChain
-from kvkeep.cache import KVCache, Lease
+from kvkeep.cache import Hierarchy, KVCache, Lease
 from kvkeep.spec import BlockId, GroupSpec, KVFormat, KVSpec, LayerFormat, LayerKind, Span
+from kvkeep.tiers.stack import Floor, TierStack
 
 # What no query may ever read.
 UNWRITTEN = -1
@@ -46,6 +48,23 @@ class ContentStore:
         for block in blocks:
             self.slots[group][block] = [UNWRITTEN] * self._slots_of(self.spec.groups[group])
 
+    def num_bytes(self, group: int, block: BlockId) -> int:
+        return 8 * len(self.slots[group][block])
+
+    def layout_name(self, _group: int) -> str:
+        return "content/1"
+
+    def view(self, group: int, block: BlockId) -> memoryview:
+        return memoryview(array("q", self.slots[group][block]).tobytes())
+
+    def target(self, group: int, block: BlockId) -> memoryview:
+        return memoryview(bytearray(self.num_bytes(group, block)))
+
+    def adopt(self, group: int, block: BlockId, payload: memoryview, layout: str) -> bool:
+        assert layout == "content/1"
+        self.slots[group][block] = payload.cast("q").tolist()
+        return True
+
     def prefixes(self, chain: TokenChain) -> list[int]:
         """The numbers of the chain's prefixes by length; the empty one is 0 in all namespaces."""
         numbers = [0]
@@ -60,11 +79,20 @@ class CheckedCache:
     """A KVCache over a ContentStore, stepped as an engine would, watched at every read and write."""
 
     def __init__(
-        self, spec: KVSpec, class_num_blocks: Sequence[int], *, policy: str = "lru"
+        self,
+        spec: KVSpec,
+        class_num_blocks: Sequence[int],
+        *,
+        policy: str = "lru",
+        floors: Sequence[Floor] = (),
+        idle_s: float | None = None,
     ) -> None:
         self.spec = spec
         self.store = ContentStore(spec, class_num_blocks)
-        self.cache = KVCache(spec, class_num_blocks, self.store, policy=policy)
+        self.below = (
+            Hierarchy(spec, self.store, TierStack(floors), idle_s=idle_s) if floors else None
+        )
+        self.cache = KVCache(spec, class_num_blocks, self.store, policy=policy, below=self.below)
         self.ledgers = self.cache._ledgers
 
     def chain(self, token_ids: Sequence[int], salt: str = "") -> TokenChain:
@@ -77,7 +105,22 @@ class CheckedCache:
         self, token_ids: Sequence[int], salt: str = "", *, read: bool = True, write: bool = True
     ) -> Lease | None:
         """A lease for the tokens, or None."""
-        return self.cache.reserve(self.chain(token_ids, salt), read=read, write=write)
+        chain = self.chain(token_ids, salt)
+        lookup = self.cache.look_up(chain) if read else None
+        while True:
+            self.settle()
+            lease = self.cache.reserve(chain, read=read, write=write, lookup=lookup)
+            self.settle()
+            if lease is None or not lease.failed:
+                return lease
+            self.cache.avoid_failed(lease, lookup)
+            lease.release()
+
+    def settle(self) -> None:
+        """Wait until nothing is on its way between the device and the tiers."""
+        while self.cache.is_moving:
+            self.cache.wait(1.0)
+            self.cache.poll()
 
     def begin(self, token_ids: Sequence[int], salt: str = "") -> Lease:
         """A lease that must be had, and has what it will read."""

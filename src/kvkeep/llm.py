@@ -1,5 +1,6 @@
 """The three-line offline API: load, generate, look at what the cache did."""
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
@@ -7,6 +8,7 @@ from typing import Any, Self, cast
 import torch
 
 from kvkeep.config import CacheOptions, EngineSettings, SamplingParams
+from kvkeep.config.tier_tables import parse_tier
 from kvkeep.engine import Choice, Engine, Output, Piece
 from kvkeep.engine.detokenizer import TokenDecoder
 from kvkeep.engine.prompt_cache import PromptCache
@@ -14,6 +16,8 @@ from kvkeep.errors import KVKeepError, RequestError
 from kvkeep.hf.install import InstalledModel, install
 from kvkeep.hf.load import load_model
 from kvkeep.spec import RequestId
+from kvkeep.tiers import TierSettings
+from kvkeep.tiers.floors import tier_settings
 
 __all__ = ["LLM", "Message", "Prompt", "Stream"]
 
@@ -30,6 +34,9 @@ class LLM:
 
     `model` is "tiny" (the bundled one), a path, a hub id, a transformers model, or (model, tokenizer). The
     settings are those of EngineSettings; `capacity` is the device memory of the cache. Not thread-safe.
+
+    `tiers` are what lies below the device, nearest first: Host, Disk and Remote of kvkeep.tiers, or text such
+    as "host:4GB". Closing the LLM, or the end of the process, writes what is to survive to those that do.
     """
 
     def __init__(
@@ -40,6 +47,7 @@ class LLM:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         settings: EngineSettings | None = None,
+        tiers: Sequence[TierSettings | str] = (),
         **options: Any,  # the fields of EngineSettings, which checks them
     ) -> None:
         loaded = load_model(model, tokenizer, dtype=dtype, device=device)
@@ -47,13 +55,30 @@ class LLM:
         self.tokenizer = loaded.tokenizer
         self.settings = _settings(settings, options)
         self.engine = Engine(
-            install(loaded.model, self.settings),
+            install(loaded.model, self.settings, tiers=[_tier(tier) for tier in tiers]),
             self.settings,
             tokenizer=cast("TokenDecoder | None", loaded.tokenizer),
             eos_ids=loaded.eos_ids,
         )
         self.cache = PromptCache(self.engine)
         self._inboxes: dict[RequestId, list[Piece]] = {}
+        # Also when the process ends; the engine knows nothing of its LLM, or this would keep both.
+        self._finish = weakref.finalize(self, self.engine.close)
+
+    def close(self) -> None:
+        """End all requests and close the tiers, which first get what is to survive. Again does nothing."""
+        self._finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     @property
     def installed(self) -> InstalledModel:
@@ -158,7 +183,8 @@ class LLM:
         for piece in self.engine.step():
             if piece.request_id in self._inboxes:
                 self._inboxes[piece.request_id].append(piece)
-        if self.engine.has_work and self.engine.num_steps == num_before:
+        is_stuck = self.engine.num_steps == num_before and not self.engine.is_waiting
+        if self.engine.has_work and is_stuck:
             raise KVKeepError("no request can run although some wait; please report this as a bug")
 
     def _forget(self, request_ids: Sequence[RequestId]) -> None:
@@ -218,6 +244,10 @@ def _settings(settings: EngineSettings | None, options: dict[str, Any]) -> Engin
     if settings is not None and options:
         raise RequestError(f"settings and {', '.join(options)} were both given; give one of them")
     return settings or EngineSettings.of(options)
+
+
+def _tier(tier: TierSettings | str) -> TierSettings:
+    return tier_settings(parse_tier(tier)) if isinstance(tier, str) else tier
 
 
 def _as_many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

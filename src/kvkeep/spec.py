@@ -21,6 +21,7 @@ __all__ = [
     "LayerKind",
     "RequestId",
     "Span",
+    "StoredKey",
     "check_format_name",
     "with_format",
     "words_can_hold",
@@ -30,6 +31,8 @@ __all__ = [
 BlockId = NewType("BlockId", int)
 # The name of content, for ever: see docs/formats.md.
 BlockKey = NewType("BlockKey", bytes)
+# The name of one KV group's part of that content, as tiers keep it: the key and a byte of group number.
+StoredKey = NewType("StoredKey", bytes)
 RequestId = NewType("RequestId", int)
 
 

@@ -13,6 +13,7 @@ from kvkeep.planning import (
     GroupBlocks,
     PartialHit,
     Run,
+    StoredBlock,
     coverage_of,
     plan_coverage,
 )
@@ -96,7 +97,7 @@ def check(case: Case) -> CoveragePlan:
     assert plan.gaps[-1].stop == case.num_tokens
     for group, shared in zip(case.groups, plan.shared, strict=True):
         check_shared(case, group, shared, plan)
-    for run in coverage_of(case.num_tokens, plan).runs:
+    for run in coverage_of(case.num_tokens, case.block_size, plan, case.groups).runs:
         assert (run.source is None) == (run.start in computed and not plan.is_complete)
     return plan
 
@@ -283,9 +284,9 @@ def test_a_partial_hit_of_another_block_is_not_used() -> None:
 
 def test_coverage_names_runs_in_order() -> None:
     """Runs follow one another from the first token to the last."""
-    plan = Case(18, 4, (known(full(), "x.x."),), None).plan()
+    case = Case(18, 4, (known(full(), "x.x."),), None)
 
-    coverage = coverage_of(18, plan)
+    coverage = coverage_of(18, 4, case.plan(), case.groups)
 
     assert coverage.runs == (
         Run(0, 4, "device"), Run(4, 8, None), Run(8, 12, "device"), Run(12, 18, None),
@@ -294,9 +295,35 @@ def test_coverage_names_runs_in_order() -> None:
     assert coverage.gaps == (Span(4, 8), Span(12, 18))
 
 
+def test_coverage_names_the_farthest_place_of_any_group() -> None:
+    """A block counts as where the group lies that has to come from the farthest."""
+    near, disk = BlockId(0), StoredBlock(1, "disk")
+    groups = (
+        GroupBlocks(full(), [near, near, disk, disk, None]),
+        GroupBlocks(full(), [near, disk, near, disk, None]),
+    )
+    plan = plan_coverage(22, 4, groups, None)
+
+    coverage = coverage_of(22, 4, plan, groups)
+
+    assert coverage.runs == (Run(0, 4, "device"), Run(4, 16, "disk"), Run(16, 22, None))
+    assert [plan.loads(at, group.blocks, 4) for at, group in enumerate(groups)] == [[2, 3], [1, 3]]
+
+
+def test_what_lies_in_a_gap_is_not_loaded() -> None:
+    """One group misses a block: it is computed, although the other group could load it."""
+    disk = StoredBlock(0, "disk")
+    groups = (GroupBlocks(full(), [disk, disk]), GroupBlocks(full(), [disk, None]))
+    plan = plan_coverage(9, 4, groups, None)
+
+    assert [plan.loads(at, group.blocks, 4) for at, group in enumerate(groups)] == [[0], [0]]
+
+
 def test_complete_coverage_has_no_gap() -> None:
     """When only the last token's logits are missing, everything is known."""
-    coverage = coverage_of(8, Case(8, 4, (known(full(), "xx"),), None).plan())
+    case = Case(8, 4, (known(full(), "xx"),), None)
+
+    coverage = coverage_of(8, 4, case.plan(), case.groups)
 
     assert coverage.runs == (Run(0, 8, "device"),)
     assert coverage.known_tokens == 8

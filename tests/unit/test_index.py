@@ -21,7 +21,7 @@ def entries_of(chain: TokenChain) -> list[Entry]:
     """What is indexed of a chain's full blocks."""
     contents = chain.block_content(0, len(chain.keys))
     return [
-        Entry(key, chain.parent_key(number), content)
+        Entry(key, chain.parent_key(number), content, chain.root)
         for number, (key, content) in enumerate(zip(chain.keys, contents, strict=True))
     ]
 
@@ -66,7 +66,7 @@ def test_colliding_keys_are_told_apart_by_their_tokens() -> None:
     """A block under the right key with other tokens is not a hit."""
     chain = chain_of(1, 2, 3, 4)
     index = BlockIndex()
-    index.add([BlockId(0)], [Entry(chain.keys[0], ROOT, chain_of(9, 9, 9, 9).packed(0, 4))])
+    index.add([BlockId(0)], [Entry(chain.keys[0], ROOT, chain_of(9, 9, 9, 9).packed(0, 4), ROOT)])
 
     assert find(index, chain) == [None]
 

@@ -265,7 +265,7 @@ def test_the_cache_can_be_asked_and_told(llm: LLM) -> None:
         ({"capacity": "much"}, "capacity='much' is not a size"),
         ({"capacity": "1B"}, "capacity=1 B is less than one block"),
         ({"mode": "fast"}, "mode='fast' is unknown"),
-        ({"policy": "mru"}, "policy='mru' is unknown; choose lru or slru"),
+        ({"policy": "mru"}, "policy='mru' is not known; did you mean lru?"),
         ({"max_context": 5000}, "max_context=5000 is more than 1024"),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),
     ],

@@ -5,6 +5,7 @@ from kvkeep.arena.base import GroupArena, Layout
 from kvkeep.arena.groups import ArenaGroups, fit_blocks
 from kvkeep.arena.layout import BlockLayout
 from kvkeep.arena.native_words import NativeWordRows, native_arena
+from kvkeep.arena.payloads import STATE_LAYOUT, Payloads
 from kvkeep.arena.slots import Slots
 from kvkeep.arena.split_arena import SplitArena
 from kvkeep.arena.states import RecurrentState, StateArena
@@ -12,12 +13,14 @@ from kvkeep.arena.word_layout import WordLayout
 from kvkeep.arena.words import TorchWordRows, WordArena, WordRows, WordRowsOf
 
 __all__ = [
+    "STATE_LAYOUT",
     "Arena",
     "ArenaGroups",
     "BlockLayout",
     "GroupArena",
     "Layout",
     "NativeWordRows",
+    "Payloads",
     "RecurrentState",
     "Slots",
     "SplitArena",

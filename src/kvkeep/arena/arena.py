@@ -46,6 +46,11 @@ class Arena:
         """Where the blocks are."""
         return self._storage.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements."""
+        return self._storage.dtype
+
     def is_exact(self, layer: int) -> bool:
         """Always: rows are kept as they come."""
         return True

@@ -107,6 +107,7 @@ class ArenaGroups:
         rows_of: WordRowsOf | None = None,
     ) -> None:
         self._poison = poison
+        self.device = device
         self.arenas: dict[int, GroupArena] = {}
         self.states: dict[int, StateArena] = {}
         words_of = partial(

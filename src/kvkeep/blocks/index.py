@@ -14,7 +14,7 @@ _MOST_CHILDREN_COMPARED = 64
 
 
 class Entry(NamedTuple):
-    """The content of a sealed block: its name, its parent's name and its canonical token bytes.
+    """The content of a sealed block: its name, its parent's, its canonical token bytes, and who may share it.
 
     A NamedTuple because sealing makes one per block, and a frozen dataclass takes four times as
     long.
@@ -23,6 +23,7 @@ class Entry(NamedTuple):
     key: BlockKey
     parent: BlockKey
     content: bytes
+    namespace: BlockKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,10 @@ class BlockIndex:
             self._children.remove(entry.parent, entry.key)
             keys.append(entry.key)
         return keys
+
+    def entry_of(self, block: BlockId) -> Entry | None:
+        """The content of a block, None unless it has a key."""
+        return self._block_to_entry.get(block)
 
     def key_of(self, block: BlockId) -> BlockKey | None:
         """The name of what the block holds."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from hashlib import sha256
 
 from kvkeep.errors import RequestError
-from kvkeep.spec import BlockKey
+from kvkeep.spec import BlockKey, StoredKey
 
-__all__ = ["Namespace", "TokenChain", "pack_tokens"]
+__all__ = ["Namespace", "TokenChain", "pack_tokens", "stored_key"]
 
 _NAMESPACE_MAGIC = b"kvkeep.namespace/1\0"
 _TOKEN_BYTES = 4
@@ -43,6 +43,11 @@ class Namespace:
             value = str(getattr(self, field.name)).encode(errors="surrogatepass")
             digest.update(len(value).to_bytes(4, "little") + value)
         return BlockKey(digest.digest())
+
+
+def stored_key(key: BlockKey, group: int) -> StoredKey:
+    """The name under which tiers keep a KV group's part of a block."""
+    return StoredKey(key + group.to_bytes(1, "little"))
 
 
 def pack_tokens(token_ids: Iterable[int]) -> "array[int]":

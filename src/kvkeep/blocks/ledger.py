@@ -1,25 +1,34 @@
 """One KV group's blocks: the pool (who holds) and the index (what content) kept in step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvkeep.blocks.index import BlockIndex, Entry, PartialMatch
 from kvkeep.blocks.pool import Allocation, BlockPool, BlockState
 from kvkeep.blocks.split_pool import SplitPool
 from kvkeep.spec import BlockId, BlockKey, GroupSpec
 
-__all__ = ["BlockLedger"]
+__all__ = ["BlockLedger", "OnEvict"]
+
+OnEvict = Callable[[Sequence[BlockId], Sequence[Entry]], None]
 
 
 class BlockLedger:
     """The only place where pool and index change, so that they cannot drift apart.
 
-    With `first_blocks` number 0 of every table lies in that pool: see SplitPool.
+    With `first_blocks` number 0 of every table lies in that pool: see SplitPool. `on_evict` is called with
+    what goes to make room, while its bytes are still in place.
     """
 
     def __init__(
-        self, spec: GroupSpec, pool: BlockPool, first_blocks: BlockPool | None = None
+        self,
+        spec: GroupSpec,
+        pool: BlockPool,
+        first_blocks: BlockPool | None = None,
+        *,
+        on_evict: OnEvict | None = None,
     ) -> None:
         self.spec = spec
+        self._on_evict = on_evict
         self.pool: BlockPool | SplitPool = (
             pool if first_blocks is None else SplitPool(pool, first_blocks)
         )
@@ -54,6 +63,8 @@ class BlockLedger:
         """
         allocation = self.pool.allocate(num_blocks, with_first=with_first)
         if allocation is not None and allocation.evicted:
+            if self._on_evict is not None:
+                self._on_evict(allocation.evicted, [self.entry_of(at) for at in allocation.evicted])
             self._index.discard(allocation.evicted)
         return allocation
 
@@ -81,6 +92,12 @@ class BlockLedger:
     def sealed_blocks(self) -> list[BlockId]:
         """All blocks whose content has a key."""
         return self._index.blocks()
+
+    def entry_of(self, block: BlockId) -> Entry:
+        """The content of a sealed block."""
+        entry = self._index.entry_of(block)
+        assert entry is not None
+        return entry
 
     def key_of(self, block: BlockId) -> BlockKey | None:
         """The name of what the block holds, None unless it is sealed."""

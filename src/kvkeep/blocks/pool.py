@@ -79,6 +79,10 @@ class BlockPool:
         """Whether `allocate` has so many blocks."""
         return num_blocks <= self.num_available
 
+    def has_free(self, *, with_first: bool = False) -> bool:
+        """Whether `allocate` has a block without evicting another, for number 0 if `with_first`."""
+        return bool(self._free)
+
     def state(self, block: BlockId) -> BlockState:
         """The block's state."""
         return self._states[block]

@@ -42,6 +42,10 @@ class SplitPool:
         num_rest = num_blocks - with_first
         return self._rest.has_room(num_rest) and (not with_first or self._first.has_room(1))
 
+    def has_free(self, *, with_first: bool = False) -> bool:
+        """Whether `allocate` has a block without evicting another, for number 0 if `with_first`."""
+        return (self._first if with_first else self._rest).num_free > 0
+
     def allocate(self, num_blocks: int, *, with_first: bool = False) -> Allocation | None:
         """Hand out blocks for filling; `with_first` the first of them is for number 0 of a table."""
         if not self.has_room(num_blocks, with_first=with_first):

@@ -5,38 +5,34 @@ Nothing is visible before its bytes are: a block gets its key in `commit`, after
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from dataclasses import replace
+from functools import partial
 
-from kvkeep.blocks import BlockLedger, BlockPool, TokenChain
+from kvkeep.blocks import BlockLedger, BlockPool, TokenChain, stored_key
+from kvkeep.cache.base import BlockStore, PayloadStore
+from kvkeep.cache.block_bytes import BlockBytes
+from kvkeep.cache.counting import count_blocks
+from kvkeep.cache.hierarchy import Hierarchy
 from kvkeep.cache.lease import BlockTable, Lease
-from kvkeep.cache.lookup import RequestPlan, plan_request
-from kvkeep.cache.receipts import CacheStats, DropReceipt, GroupStats, VerifyReport
-from kvkeep.cache.sealing import seal_spans, state_entry
+from kvkeep.cache.lookup import RequestPlan, plan_request, without_loads
+from kvkeep.cache.lookups import Lookup
+from kvkeep.cache.places import Places
+from kvkeep.cache.receipts import CacheStats, DropReceipt, VerifyReport
+from kvkeep.cache.sealing import block_entry, seal_spans
 from kvkeep.cache.verify import find_problems
-from kvkeep.planning import Coverage, PartialHit, coverage_of
+from kvkeep.planning import Coverage, StoredBlock, coverage_of
 from kvkeep.policies import make_policy
 from kvkeep.spec import BlockId, KVSpec, LayerKind, Span
 
-__all__ = ["BlockStore", "KVCache"]
-
-
-class BlockStore(Protocol):
-    """Where the bytes of blocks are; groups are numbered as in the spec."""
-
-    def copy_block(self, group: int, source: BlockId, target: BlockId) -> None:
-        """Copy the whole content of `source` to `target`."""
-
-    def reset_state(self, group: int, block: BlockId) -> None:
-        """Make a recurrent state the one before the first token."""
-
-    def poison(self, group: int, blocks: Sequence[BlockId]) -> None:
-        """Make freed content unusable where that is asked for in tests; else do nothing."""
+__all__ = ["KVCache"]
 
 
 class KVCache:
     """Who holds which block of every KV group, what each holds, and what a request still needs.
 
     Blocks are counted by class, `KVSpec.block_classes`: the first blocks of a group may be one of their own.
+    With `below` what has no room here lies in tiers, and comes back from there: then `poll` is to be called
+    between steps.
     """
 
     def __init__(
@@ -46,9 +42,10 @@ class KVCache:
         store: BlockStore,
         *,
         policy: str = "lru",
+        below: Hierarchy | None = None,
     ) -> None:
         self.spec = spec
-        self._store = store
+        self._below = below
         pools = [
             BlockPool(num_blocks, make_policy(policy))
             for _, num_blocks in zip(spec.block_classes, class_num_blocks, strict=True)
@@ -56,8 +53,18 @@ class KVCache:
         firsts = dict(zip(spec.first_block_groups, pools[len(spec.groups) :], strict=True))
         self._pools = pools
         self._ledgers = [
-            BlockLedger(group, pools[at], firsts.get(at)) for at, group in enumerate(spec.groups)
+            BlockLedger(
+                group,
+                pools[at],
+                firsts.get(at),
+                on_evict=None if below is None else partial(below.before_eviction, at),
+            )
+            for at, group in enumerate(spec.groups)
         ]
+        self._places = Places(spec, self._ledgers, store)
+        self._store = store
+        if below is not None:
+            below.attach(self._places)
         self._leases: set[Lease] = set()
         self._reused_tokens = 0
         self._computed_tokens = 0
@@ -65,10 +72,15 @@ class KVCache:
     # --- questions -------------------------------------------------------------------------------
 
     def coverage(self, chain: TokenChain) -> Coverage:
-        """What is known of `chain`, as runs. Changes nothing."""
+        """What is known of `chain`, as runs; asks tiers behind wires and waits for them. Changes nothing."""
         if not len(chain):
             return Coverage(0, ())
-        return coverage_of(len(chain), self._plan(chain).coverage)
+        lookup = (
+            None if self._below is None else self._below.lookups.ask(self._below.stored_keys(chain))
+        )
+        request = self._plan(chain, lookup=lookup)
+        size = self.spec.block_size
+        return coverage_of(len(chain), size, request.coverage, request.group_blocks)
 
     def gaps(self, chain: TokenChain) -> tuple[Span, ...]:
         """What a request for `chain` would compute, the last token included. Changes nothing."""
@@ -100,29 +112,45 @@ class KVCache:
 
     # --- the life of a lease ---------------------------------------------------------------------
 
-    def reserve(self, chain: TokenChain, *, read: bool = True, write: bool = True) -> Lease | None:
+    def reserve(
+        self,
+        chain: TokenChain,
+        *,
+        read: bool = True,
+        write: bool = True,
+        lookup: Lookup | None = None,
+    ) -> Lease | None:
         """Hold what is known of `chain` (at least one token) for a request.
 
-        With `read=False` nothing is shared; with `write=False` nothing will be published. Returns
-        None, and forgets nothing, when there is no room even for what must be copied to begin. A
-        request alone in the cache always begins, if need be without sharing.
+        With `read=False` nothing is shared; with `write=False` nothing will be published. What lies in tiers
+        begins to load; of tiers behind wires that is what `lookup` has found. Returns None, and forgets
+        nothing, when there is no room even for what must be copied or loaded to begin. A request alone in the
+        cache always begins, if need be without sharing.
         """
         assert len(chain) > 0
         assert chain.block_size == self.spec.block_size
-        request = self._plan(chain, read=read)
-        plan = request.coverage
+        request = self._decide(chain, self._plan(chain, read=read, lookup=lookup))
+        plan, size = request.coverage, self.spec.block_size
         tables = [BlockTable() for _ in self._ledgers]
         lease = Lease(chain, tables, plan.gaps, publishes=write, close=self._close)
+        lease.decision = request.decision
         self._leases.add(lease)
-        for group, ledger in enumerate(self._ledgers):
-            known, table = request.group_blocks[group].blocks, tables[group]
-            self._share(table, plan.shared[group], known, ledger)
-            table.read_only = plan.shared_inside_gaps(group, self.spec.block_size)
-        if not self._begin(lease, plan.partial):
+        group_to_loads: list[list[int]] = []
+        for group, table in enumerate(tables):
+            known = request.group_blocks[group].blocks
+            here = [at for at in plan.shared[group] if not isinstance(known[at], StoredBlock)]
+            self._places.share(table, here, known, group)
+            lease.reused[group] = set(table.held())
+            loads = plan.loads(group, known, size)
+            table.read_only = plan.shared_inside_gaps(group, size).intersection([*here, *loads])
+            group_to_loads.append(loads)
+        if not self._places.begin(lease, plan.partial, group_to_loads):
             lease.release()
             # Alone, a request has no room because of what it would itself share.
             is_alone = read and not self._leases
             return self.reserve(chain, read=False, write=write) if is_alone else None
+        if self._below is not None:
+            self._begin_loads(lease, request, group_to_loads)
         self._reused_tokens += lease.reused_tokens
         return lease
 
@@ -132,29 +160,37 @@ class KVCache:
         Returns False, and changes nothing, when there is no room. Blocks shared for later gaps take
         room too: a lease that is alone and has none is to be released, and reserved without `read`.
         """
-        missing = [self._missing_blocks(lease, group, spans) for group in range(len(self._ledgers))]
+        missing = [
+            self._places.missing_blocks(lease, group, spans) for group in range(len(self._ledgers))
+        ]
         for numbers, ledger in zip(missing, self._ledgers, strict=True):
             if not ledger.pool.has_room(len(numbers), with_first=0 in numbers):
                 return False
         for group, numbers in enumerate(missing):
             if numbers:
-                self._allocate_into(lease, group, numbers)
+                self._places.allocate_into(lease, group, numbers)
         for group in lease.states:
-            self._load_state(lease, group, spans)
+            self._places.load_state(lease, group, spans)
         return True
 
     def commit(self, lease: Lease, spans: Sequence[Span]) -> None:
         """Publish what a step has computed; let go of what no later step of the request reads."""
         self._computed_tokens += sum(len(span) for span in spans)
         lease.advance(spans)
+        if lease.decision is not None and not lease.loads and not lease.gaps:
+            assert self._below is not None
+            self._below.finish(lease.decision)
+            lease.decision = None
         for group, ledger in enumerate(self._ledgers):
             if lease.publishes:
                 if ledger.spec.kind is LayerKind.RECURRENT:
-                    self._keep_state(lease, group, spans[-1].stop)
+                    self._places.keep_state(lease, group, spans[-1].stop)
                 else:
                     seal_spans(ledger, lease.chain, lease.tables[group], spans)
             if ledger.spec.window is not None:
-                self._release_passed(lease, group)
+                passed = self._places.release_passed(lease, group)
+                if self._below is not None:
+                    self._below.note_released(group, passed, lease)
 
     def truncate(self, lease: Lease, num_tokens: int) -> bool:
         """Forget the request's tokens from `num_tokens` on.
@@ -174,7 +210,7 @@ class KVCache:
         for group, table in enumerate(lease.tables):
             # A state kept inside the block that is cut has seen what is forgotten.
             num_kept = num_tokens // size if group in lease.states else num_blocks
-            self._release(group, table.cut(num_tokens // size, num_kept))
+            self._places.release(group, table.cut(num_tokens // size, num_kept))
         return True
 
     def fork(self, lease: Lease) -> Lease | None:
@@ -192,198 +228,166 @@ class KVCache:
         for ledger, table in zip(self._ledgers, child.tables, strict=True):
             ledger.pool.acquire(table.held())
         self._leases.add(child)
-        if not self._begin(child, None):
+        if not self._places.begin(child, None, [()] * len(self._ledgers)):
             child.release()
             return None
         for group, state in lease.states.items():
             self._store.copy_block(group, state, child.states[group])
         return child
 
+    # --- below the device ------------------------------------------------------------------------
+
+    def look_up(self, chain: TokenChain) -> Lookup | None:
+        """Begin to ask the tiers behind wires for what is missing; None where there are no tiers."""
+        if self._below is None:
+            return None
+        keys = self._below.stored_keys(chain) if self._below.stack.distant else []
+        return self._below.lookups.begin(keys)
+
+    def avoid_failed(self, lease: Lease, lookup: Lookup | None) -> None:
+        """Let the next `reserve` with `lookup` compute what failed to load for `lease`."""
+        if lookup is not None:
+            lookup.avoided.update(
+                stored_key(lease.chain.keys[load.number], load.group) for load in lease.failed
+            )
+
+    def is_awaited(self, chain: TokenChain, lookup: Lookup | None) -> bool:
+        """Whether a request for `chain` does well to wait for an answer, or for a load of another one."""
+        if self._below is None:
+            return False
+        is_asking = lookup is not None and not self._below.lookups.is_ready(lookup)
+        return is_asking or self._below.is_loading(chain)
+
+    def poll(self, *, is_busy: bool = False) -> None:
+        """Take in what has moved and begin what may move now, the slower when requests run."""
+        if self._below is not None:
+            self._below.poll(is_busy=is_busy)
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether a move or an answer of a tier is under way."""
+        below = self._below
+        return below is not None and bool(below.num_moves or below.lookups.num_under_way)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for what is under way; False when there is nothing, or nothing comes in time."""
+        return self._below is not None and self.is_moving and self._below.wait(timeout_s)
+
+    def offload(self) -> int:
+        """Move what no request uses down now, as far as tiers take it; the blocks that left the device."""
+        if self._below is None:
+            return 0
+        num_before = sum(ledger.num_sealed for ledger in self._ledgers)
+        self._below.offload()
+        return num_before - sum(ledger.num_sealed for ledger in self._ledgers)
+
+    def close(self) -> None:
+        """Write what is to survive to the tiers that outlive the process, and close them all."""
+        if self._below is not None:
+            self._below.close()
+
+    def block_bytes(self, payloads: PayloadStore) -> BlockBytes:
+        """Payloads of blocks, one at a time, for export and import."""
+        return BlockBytes(self.spec, self._places, self._below, payloads)
+
     # --- administration --------------------------------------------------------------------------
 
     def drop(self, chain: TokenChain, blocks: Iterable[int]) -> DropReceipt:
-        """Forget the given full blocks of `chain`, by number, in every group."""
+        """Forget the given full blocks of `chain`, by number, in every group and every tier."""
         keys = [chain.keys[block] for block in sorted(set(blocks))]
         found = [
             [block for key in keys if (block := ledger.get(key)) is not None]
             for ledger in self._ledgers
         ]
-        return self._forget(found)
+        receipt = self._forget(found)
+        if self._below is None:
+            return receipt
+        groups = range(len(self._ledgers))
+        stored = self._below.delete([stored_key(key, group) for key in keys for group in groups])
+        return replace(receipt, stored=stored)
 
-    def clear(self) -> DropReceipt:
-        """Forget all content; running requests keep their blocks as private ones."""
-        return self._forget([ledger.sealed_blocks() for ledger in self._ledgers])
+    def clear(self, *, tiers: bool = False) -> DropReceipt:
+        """Forget all content of the device, and of the tiers if they are meant.
 
-    def verify(self) -> VerifyReport:
-        """Check every invariant of pools, indexes and leases. Changes nothing."""
-        problems = find_problems(self._ledgers, self._leases)
-        return VerifyReport(blocks_checked=sum(self.num_blocks()), problems=tuple(problems))
+        Running requests keep their blocks as private ones.
+        """
+        receipt = self._forget([ledger.sealed_blocks() for ledger in self._ledgers])
+        if self._below is None or not tiers:
+            return receipt
+        return replace(receipt, stored=self._below.clear())
+
+    def verify(self, *, tiers: bool = False) -> VerifyReport:
+        """Check every invariant of pools, indexes and leases, and all objects of `tiers`. Changes nothing."""
+        below = self._below
+        holds = [] if below is None else below.loads.holds()
+        problems = find_problems(self._ledgers, self._leases, holds)
+        num_checked = sum(self.num_blocks())
+        for report in below.audit() if below is not None and tiers else []:
+            num_checked += report.num_objects
+            problems += [f"{one.key.hex()} in a tier: {one.reason}" for one in report.wrong]
+        return VerifyReport(blocks_checked=num_checked, problems=tuple(problems))
 
     def stats(self) -> CacheStats:
-        """Bytes and blocks in use, reusable and free."""
-        groups = tuple(
-            GroupStats(
-                name=one.name,
-                layers=one.layers,
-                num_blocks=pool.num_blocks,
-                block_bytes=one.block_bytes(self.spec.block_size),
-                in_use=pool.num_held,
-                reusable=pool.num_evictable,
-                free=pool.num_free,
-                num_evictions=pool.num_evictions,
-            )
-            for one, pool in zip(self.spec.block_classes, self._pools, strict=True)
-        )
-        return CacheStats(
-            capacity_bytes=sum(group.num_blocks * group.block_bytes for group in groups),
-            in_use_bytes=sum(group.in_use * group.block_bytes for group in groups),
-            reusable_bytes=sum(group.reusable * group.block_bytes for group in groups),
-            free_bytes=sum(group.free * group.block_bytes for group in groups),
-            open_leases=len(self._leases),
+        """Bytes and blocks in use, reusable and free, on the device and in every tier."""
+        below = self._below
+        return replace(
+            count_blocks(self.spec, self._pools, num_leases=len(self._leases)),
             reused_tokens=self._reused_tokens,
             computed_tokens=self._computed_tokens,
-            groups=groups,
+            tiers=() if below is None else below.stats(),
+            planner=None if below is None else below.planner_stats,
         )
 
     # --- parts -----------------------------------------------------------------------------------
 
-    def _plan(self, chain: TokenChain, *, read: bool = True) -> RequestPlan:
-        return plan_request(self.spec, self._ledgers, chain, read=read)
+    def _plan(
+        self, chain: TokenChain, *, read: bool = True, lookup: Lookup | None = None
+    ) -> RequestPlan:
+        below = self._below
+        find_below = None if below is None else partial(below.find, lookup=lookup)
+        return plan_request(self.spec, self._ledgers, chain, read=read, find_below=find_below)
 
-    def _share(
-        self,
-        table: BlockTable,
-        numbers: Sequence[int],
-        known: Sequence[BlockId | None],
-        ledger: BlockLedger,
+    def _decide(self, chain: TokenChain, request: RequestPlan) -> RequestPlan:
+        """The request with what is quicker computed than loaded as gaps."""
+        if self._below is None:
+            return request
+        decision = self._below.choose(len(chain), request, num_others=len(self._leases))
+        if decision is not None and decision.computed:
+            request = without_loads(self.spec, len(chain), request, decision.computed)
+        return replace(request, decision=decision)
+
+    def _begin_loads(
+        self, lease: Lease, request: RequestPlan, group_to_loads: Sequence[Sequence[int]]
     ) -> None:
-        if not numbers:
-            return
-        if len(numbers) == numbers[-1] + 1:
-            table.blocks = list(known[: len(numbers)])
-        else:
-            table.grow(numbers[-1] + 1)
+        for group, numbers in enumerate(group_to_loads):
+            known = request.group_blocks[group].blocks
             for number in numbers:
-                table.blocks[number] = known[number]
-        ledger.pool.acquire(table.held())
-
-    def _begin(self, lease: Lease, partial: PartialHit | None) -> bool:
-        """Copy a partial hit and place the running states; False, nothing evicted, without room."""
-        number, sources = (partial.block, partial.group_blocks) if partial else (0, ())
-        # Held while room is made, so that a copy's source cannot be what is evicted for it.
-        held = {
-            group: source
-            for group, source in enumerate(sources)
-            if number not in lease.tables[group].read_only
-        }
-        for group, source in held.items():
-            self._ledgers[group].pool.acquire([source])
-        has_room = all(
-            ledger.pool.has_room(1, with_first=number == 0)
-            for group, ledger in enumerate(self._ledgers)
-            if group in held or ledger.spec.kind is LayerKind.RECURRENT
-        )
-        if has_room:
-            self._allocate_states(lease)
-        for group, source in held.items():
-            if has_room:
-                self._allocate_into(lease, group, [number])
-                self._store.copy_block(group, source, lease.tables[group].place(number))
-            self._release(group, [source])
-        return has_room
-
-    def _allocate_states(self, lease: Lease) -> None:
-        for group, ledger in enumerate(self._ledgers):
-            if ledger.spec.kind is LayerKind.RECURRENT:
-                allocation = ledger.allocate(1)
-                assert allocation is not None
-                lease.states[group] = allocation.blocks[0]
-
-    def _missing_blocks(self, lease: Lease, group: int, spans: Sequence[Span]) -> list[int]:
-        ledger, table = self._ledgers[group], lease.tables[group]
-        if ledger.spec.kind is LayerKind.RECURRENT:
-            return []
-        size = self.spec.block_size
-        missing: list[int] = []
-        for span in spans:
-            last = (span.stop - 1) // size
-            if last >= len(table.blocks):
-                table.grow(last + 1)
-            for number in range(span.start // size, last + 1):
-                block = table.blocks[number]
-                if block is None or not (number in table.read_only or ledger.is_private(block)):
-                    missing.append(number)
-        # Two spans of one step can touch the same block.
-        return missing if len(spans) == 1 else sorted(set(missing))
-
-    def _allocate_into(self, lease: Lease, group: int, numbers: Sequence[int]) -> None:
-        """Fresh blocks at the given numbers, in order, with the content of what was there before."""
-        table = lease.tables[group]
-        table.grow(max(numbers) + 1)
-        allocation = self._ledgers[group].allocate(len(numbers), with_first=numbers[0] == 0)
-        assert allocation is not None
-        self._store.poison(group, allocation.blocks)
-        for number, block in zip(numbers, allocation.blocks, strict=True):
-            shared = table.blocks[number]
-            table.blocks[number] = block
-            if shared is not None:
-                self._store.copy_block(group, shared, block)
-                self._release(group, [shared])
-
-    def _load_state(self, lease: Lease, group: int, spans: Sequence[Span]) -> None:
-        """Before a gap's first step its recurrent state is the saved one at its start."""
-        assert len(spans) == 1, "recurrent models compute one span of a request a step"
-        span, size = spans[0], self.spec.block_size
-        if span.start == 0:
-            self._store.reset_state(group, lease.states[group])
-        elif span.start % size == 0:
-            number = span.start // size - 1
-            blocks = lease.tables[group].blocks
-            saved = blocks[number] if number < len(blocks) else None
-            if saved is not None:
-                self._store.copy_block(group, saved, lease.states[group])
-
-    def _keep_state(self, lease: Lease, group: int, position: int) -> None:
-        """Publish a copy of the state at a block's end, while there is room for copies."""
-        ledger = self._ledgers[group]
-        entry = state_entry(lease.chain, position)
-        if entry is None or ledger.get(entry.key) is not None:
-            return
-        allocation = ledger.allocate(1)
-        if allocation is not None:
-            self._store.copy_block(group, lease.states[group], allocation.blocks[0])
-            ledger.seal(allocation.blocks, [entry])
-            self._release(group, allocation.blocks)
-
-    def _release_passed(self, lease: Lease, group: int) -> None:
-        """Give back the blocks that lie before the window of every position still to come."""
-        table, spec = lease.tables[group], self._ledgers[group].spec
-        first = spec.first_needed(lease.next_position) // self.spec.block_size
-        if first <= table.first_held:
-            return
-        passed = table.blocks[table.first_held : first]
-        table.blocks[table.first_held : first] = [None] * len(passed)
-        table.first_held = first
-        self._release(group, [block for block in passed if block is not None])
-
-    def _release(self, group: int, blocks: Sequence[BlockId]) -> None:
-        self._store.poison(group, self._ledgers[group].pool.release(blocks))
+                source = known[number]
+                assert self._below is not None
+                assert isinstance(source, StoredBlock)
+                entry = block_entry(lease.chain, number)
+                self._below.loads.begin(lease, group, number, entry, source)
 
     def _close(self, lease: Lease) -> None:
         self._leases.remove(lease)
+        if self._below is not None:
+            self._below.loads.forget(lease)
         for group, table in enumerate(lease.tables):
-            self._release(group, table.held())
+            held = table.held()
+            self._places.release(group, held)
+            if self._below is not None:
+                self._below.note_released(group, held, lease)
         for group, state in lease.states.items():
-            self._release(group, [state])
+            self._places.release(group, [state])
 
     def _forget(self, group_blocks: Sequence[Sequence[BlockId]]) -> DropReceipt:
         num_held = num_bytes = 0
         for group, blocks in enumerate(group_blocks):
-            ledger = self._ledgers[group]
-            freed = ledger.forget(blocks)
-            self._store.poison(group, freed)
+            if self._below is not None:
+                self._below.before_forgetting(group, blocks)
+            freed = self._places.forget(group, blocks)
             num_held += len(blocks) - len(freed)
-            num_bytes += ledger.num_bytes(blocks, self.spec.block_size)
+            num_bytes += self._ledgers[group].num_bytes(blocks, self.spec.block_size)
         return DropReceipt(
             num_blocks=sum(len(blocks) for blocks in group_blocks),
             num_bytes=num_bytes,

@@ -1,13 +1,24 @@
 """What a running request holds: its tokens, its blocks, and what is still to be computed."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from kvkeep.blocks import TokenChain
+from kvkeep.cache.decision import Decision
 from kvkeep.spec import BlockId, BlockKey, Span
 
-__all__ = ["BlockTable", "Lease"]
+__all__ = ["BlockTable", "Lease", "PendingLoad"]
+
+
+@dataclass(frozen=True, slots=True)
+class PendingLoad:
+    """A block on its way from the tier `source` to number `number` of a group's table."""
+
+    group: int
+    number: int
+    source: str
 
 
 class BlockTable:
@@ -59,7 +70,9 @@ class Lease:
     """Blocks held for one request. Made by `KVCache.reserve`; closes once, on every path.
 
     `gaps` are the positions still to be computed, in order; a step computes spans from their front.
-    In `states` are the places of the running recurrent states, one for each recurrent group.
+    In `states` are the places of the running recurrent states, one for each recurrent group. `loads` are the
+    blocks that are still on their way, `loaded` says by number where those that came are from, and `failed`
+    has the cause of those that did not: then the lease is to be released, and reserved anew.
     """
 
     def __init__(
@@ -75,6 +88,12 @@ class Lease:
         self.tables = tables
         self.gaps = list(gaps)
         self.states: dict[int, BlockId] = {}
+        # For each group the blocks that were known when the lease was made.
+        self.reused: list[set[BlockId]] = [set() for _ in tables]
+        self.decision: Decision | None = None
+        self.loads: set[PendingLoad] = set()
+        self.loaded: dict[int, str] = {}
+        self.failed: dict[PendingLoad, str] = {}
         self.publishes = publishes
         self.reused_tokens = len(chain) - sum(len(gap) for gap in gaps)
         self.is_open = True
@@ -89,6 +108,23 @@ class Lease:
     def next_position(self) -> int:
         """The first position still to be computed, or the length when there is none."""
         return self.gaps[0].start if self.gaps else len(self.chain)
+
+    @property
+    def runnable_gaps(self) -> list[Span]:
+        """The gaps, as far as everything before them is here or computed with them."""
+        if not self.loads:
+            return self.gaps
+        limit = min(load.number for load in self.loads) * self.chain.block_size
+        return [Span(gap.start, min(gap.stop, limit)) for gap in self.gaps if gap.start < limit]
+
+    def finish_load(self, load: PendingLoad, failure: str | None) -> None:
+        """A block has arrived, or is known not to."""
+        self.loads.remove(load)
+        if failure is None:
+            self.loaded[load.number] = load.source
+            self.reused[load.group].add(self.tables[load.group].place(load.number))
+        else:
+            self.failed[load] = failure
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Add tokens to be computed behind the last one."""

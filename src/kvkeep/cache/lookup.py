@@ -1,36 +1,89 @@
 """What the ledgers know of a request: a question that changes nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from kvkeep.blocks import BlockLedger, TokenChain
-from kvkeep.planning import CoveragePlan, GroupBlocks, PartialHit, plan_coverage
-from kvkeep.spec import KVSpec
+from kvkeep.cache.decision import Decision
+from kvkeep.planning import (
+    CoveragePlan,
+    GroupBlocks,
+    Known,
+    PartialHit,
+    StoredBlock,
+    plan_coverage,
+)
+from kvkeep.spec import BlockKey, KVSpec
 
-__all__ = ["RequestPlan", "plan_request"]
+__all__ = ["FindBelow", "RequestPlan", "plan_request", "without_loads"]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestPlan:
-    """The gaps of a request and the blocks that each group knows of it."""
+    """The gaps of a request, the blocks that each group knows of it, and why some of these are computed."""
 
     coverage: CoveragePlan
     group_blocks: list[GroupBlocks]
+    decision: Decision | None = None
+
+
+# Which of a group's keys lie in some tier.
+FindBelow = Callable[[int, Sequence[BlockKey]], Mapping[BlockKey, StoredBlock]]
 
 
 def plan_request(
-    spec: KVSpec, ledgers: Sequence[BlockLedger], chain: TokenChain, *, read: bool
+    spec: KVSpec,
+    ledgers: Sequence[BlockLedger],
+    chain: TokenChain,
+    *,
+    read: bool,
+    find_below: FindBelow | None = None,
 ) -> RequestPlan:
-    """What to share and what to compute for `chain`; with `read=False` nothing is known."""
+    """What to share, to load and to compute for `chain`; with `read=False` nothing is known."""
     num_full = len(chain) // spec.block_size
     keys = chain.keys[:num_full]
     contents = chain.block_content(0, num_full) if read else []
+    groups = []
+    for at, ledger in enumerate(ledgers):
+        known: list[Known] = [None] * num_full
+        if read:
+            known = list(ledger.find(keys, contents))
+        if read and find_below is not None:
+            _add_stored(known, keys, partial(find_below, at))
+        groups.append(GroupBlocks(ledger.spec, known))
+    hit = _find_partial(chain, ledgers, groups) if read and not spec.is_recurrent else None
+    return RequestPlan(plan_coverage(len(chain), spec.block_size, groups, hit), groups)
+
+
+def without_loads(
+    spec: KVSpec, num_tokens: int, request: RequestPlan, numbers: Collection[int]
+) -> RequestPlan:
+    """The same with stored blocks of these numbers computed instead of loaded."""
     groups = [
-        GroupBlocks(ledger.spec, ledger.find(keys, contents) if read else [None] * num_full)
-        for ledger in ledgers
+        GroupBlocks(
+            group.spec,
+            [
+                None if at in numbers and isinstance(block, StoredBlock) else block
+                for at, block in enumerate(group.blocks)
+            ],
+        )
+        for group in request.group_blocks
     ]
-    partial = _find_partial(chain, ledgers, groups) if read and not spec.is_recurrent else None
-    return RequestPlan(plan_coverage(len(chain), spec.block_size, groups, partial), groups)
+    return RequestPlan(plan_coverage(num_tokens, spec.block_size, groups, None), groups)
+
+
+def _add_stored(
+    known: list[Known],
+    keys: Sequence[BlockKey],
+    find: Callable[[Sequence[BlockKey]], Mapping[BlockKey, StoredBlock]],
+) -> None:
+    """Fill the holes of `known` with what lies below."""
+    holes = [at for at, block in enumerate(known) if block is None]
+    if holes:
+        found = find([keys[at] for at in holes])
+        for at in holes:
+            known[at] = found.get(keys[at])
 
 
 def _find_partial(

@@ -2,7 +2,17 @@
 
 from dataclasses import dataclass, field
 
-__all__ = ["CacheStats", "DropReceipt", "GroupStats", "Receipt", "VerifyReport"]
+from kvkeep.planning import PlannerStats
+from kvkeep.tiers.base import TierStats
+
+__all__ = [
+    "CacheStats",
+    "DropReceipt",
+    "GroupStats",
+    "Receipt",
+    "TierReport",
+    "VerifyReport",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -11,6 +21,7 @@ class Receipt:
 
     `tokens_by_source` splits the prompt tokens by where their K/V came from: "device", a tier's
     name, or "computed". `recomputed_tokens` were computed again after the request was preempted.
+    `load_failures` counts, by cause, the blocks that a tier did not give and that were computed instead.
     """
 
     prompt_tokens: int
@@ -20,17 +31,22 @@ class Receipt:
     tokens_by_source: dict[str, int] = field(default_factory=dict)
     recomputed_tokens: int = 0
     num_preemptions: int = 0
+    load_failures: dict[str, int] = field(default_factory=dict)
     first_token_s: float | None = None
     total_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DropReceipt:
-    """What a drop or clear forgot. Blocks held by running requests stay with these alone."""
+    """What a drop or clear forgot on the device, and how many objects in each tier, by its name.
+
+    Blocks held by running requests stay with these alone.
+    """
 
     num_blocks: int
     num_bytes: int
     num_held: int
+    stored: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +78,19 @@ class CacheStats:
     reused_tokens: int
     computed_tokens: int
     groups: tuple[GroupStats, ...]
+    tiers: tuple["TierReport", ...] = ()
+    planner: PlannerStats | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TierReport:
+    """What a tier holds, and what this cache has loaded from it; `load_failures` counts blocks by cause."""
+
+    tier: TierStats
+    num_loaded: int
+    loaded_bytes: int
+    load_seconds: float
+    load_failures: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,12 +1,13 @@
 """From computed tokens to published content: names for what a step has filled."""
 
 from collections.abc import Sequence
+from itertools import repeat
 
 from kvkeep.blocks import BlockLedger, Entry, TokenChain
 from kvkeep.cache.lease import BlockTable
 from kvkeep.spec import BlockId, Span
 
-__all__ = ["seal_spans", "state_entry"]
+__all__ = ["block_entry", "seal_spans", "state_entry"]
 
 
 def seal_spans(
@@ -34,8 +35,14 @@ def state_entry(chain: TokenChain, position: int) -> Entry | None:
     return None if rest else _entries(chain, number - 1, number)[0]
 
 
+def block_entry(chain: TokenChain, number: int) -> Entry:
+    """The name of a full block."""
+    return _entries(chain, number, number + 1)[0]
+
+
 def _entries(chain: TokenChain, start: int, stop: int) -> list[Entry]:
     """The names of blocks `start <= number < stop`."""
     keys = chain.keys[start:stop]
     parents = [chain.parent_key(start), *keys[:-1]]
-    return list(map(Entry, keys, parents, chain.block_content(start, stop)))
+    contents = chain.block_content(start, stop)
+    return list(map(Entry, keys, parents, contents, repeat(chain.root)))

@@ -4,16 +4,25 @@ from collections.abc import Collection, Sequence
 
 from kvkeep.blocks import BlockLedger
 from kvkeep.cache.lease import Lease
-from kvkeep.spec import LayerKind
+from kvkeep.spec import BlockId, LayerKind
 
 __all__ = ["find_problems"]
 
 
-def find_problems(ledgers: Sequence[BlockLedger], leases: Collection[Lease]) -> list[str]:
-    """What is wrong, in words; empty when every invariant holds. Changes nothing."""
+def find_problems(
+    ledgers: Sequence[BlockLedger],
+    leases: Collection[Lease],
+    holds: Collection[tuple[int, BlockId]] = (),
+) -> list[str]:
+    """What is wrong, in words; empty when every invariant holds. Changes nothing.
+
+    `holds` are the groups and places that loads hold.
+    """
     problems: list[str] = []
     for group, ledger in enumerate(ledgers):
         holders = [0] * ledger.pool.num_blocks
+        for at, block in holds:
+            holders[block] += at == group
         for lease in leases:
             state = lease.states.get(group)
             for block in [*lease.tables[group].held(), *([] if state is None else [state])]:

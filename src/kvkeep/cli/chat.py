@@ -17,6 +17,7 @@ from kvkeep.cli.options import (
     model_options,
     sampling_options,
 )
+from kvkeep.cli.tier_options import tier_options
 from kvkeep.config import SamplingParams
 from kvkeep.config.sizes import format_bytes
 from kvkeep.errors import CapacityError, RequestError
@@ -36,6 +37,7 @@ _COMMANDS = "/stats what the cache holds, /clear begin anew, /quit leave"
 @sampling_options(max_tokens=512, temperature=0.0)
 @capacity_options
 @format_options
+@tier_options
 def chat(system: str, **options: Any) -> None:
     """Talk to a model; every turn computes only what is new.
 
@@ -43,10 +45,13 @@ def chat(system: str, **options: Any) -> None:
     begins a new conversation, /quit leaves. Ctrl-C stops an answer, Ctrl-D leaves.
     """
     params = sampling_params(options)
-    llm = open_llm(options)
-    conversation = Conversation(llm, params, system)
-    if sys.stdin.isatty():
-        stderr().print(f"[dim]{options['model']} · {_COMMANDS}[/dim]")
+    with open_llm(options) as llm:
+        if sys.stdin.isatty():
+            stderr().print(f"[dim]{options['model']} · {_COMMANDS}[/dim]")
+        _talk(Conversation(llm, params, system))
+
+
+def _talk(conversation: "Conversation") -> None:
     for line in _lines():
         match line.split():
             case []:

@@ -78,7 +78,7 @@ def doctor(
     bytes. MODEL is a path, a hub id, or "tiny" for the bundled one. The exit code is 3 when no mode is
     right, or when the format asked for changes outputs too much.
     """
-    settings = engine_settings(options)
+    settings = engine_settings()
     with working(f"loading torch and {model}") as say:
         from kvkeep.cli.doctor_report import examine  # slow: loads torch
 

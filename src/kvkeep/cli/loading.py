@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from kvkeep.cli.console import working
 from kvkeep.cli.options import num_threads_for
+from kvkeep.cli.tier_options import load_given, tiers_of
 from kvkeep.config import EngineSettings, SamplingParams
 
 if TYPE_CHECKING:
@@ -13,15 +16,15 @@ if TYPE_CHECKING:
 __all__ = ["engine_settings", "open_llm", "sampling_params"]
 
 
-def engine_settings(options: Mapping[str, Any]) -> EngineSettings:
-    """What `capacity_options` and `format_options` ask for."""
-    names = ("capacity", "block_size", "kv_format", "kv_exact_first_block", "kernels")
-    return EngineSettings(**{name: options[name] for name in names})
+def engine_settings() -> EngineSettings:
+    """What the options of the command that runs, the environment and a file ask for."""
+    return load_given(click.get_current_context()).engine
 
 
 def open_llm(options: Mapping[str, Any]) -> "LLM":
-    """The model that `model_options` and those of its settings ask for; loads torch, which is slow."""
-    settings = engine_settings(options)
+    """The model that `model_options` and all settings ask for, in a context; loads torch, which is slow."""
+    settings = load_given(click.get_current_context())
+    tiers = tiers_of(settings)
     with working(f"loading torch and {options['model']}"):
         # Not before they are needed: --help and usage errors stay quick.
         import torch
@@ -35,7 +38,8 @@ def open_llm(options: Mapping[str, Any]) -> "LLM":
             options["model"],
             dtype=options["dtype"],
             device=options["device"],
-            settings=settings,
+            settings=settings.engine,
+            tiers=tiers,
         )
 
 

@@ -3,6 +3,8 @@
 import click
 
 from kvkeep import __version__
+from kvkeep.cli.bench import bench
+from kvkeep.cli.cache import cache
 from kvkeep.cli.chat import chat
 from kvkeep.cli.demo import demo
 from kvkeep.cli.doctor import doctor
@@ -17,7 +19,7 @@ def main() -> None:
     """The KV cache of LLM inference: kept, shared, given back exactly."""
 
 
-for _command in (demo, run, chat, doctor):
+for _command in (demo, run, chat, doctor, cache, bench):
     main.add_command(_command)
 
 

@@ -17,7 +17,9 @@ from kvkeep.cli.options import (
     model_options,
     sampling_options,
 )
+from kvkeep.cli.tier_options import tier_options
 from kvkeep.config import SamplingParams
+from kvkeep.planning import DEVICE
 
 __all__ = ["describe_receipt", "run"]
 
@@ -31,6 +33,7 @@ __all__ = ["describe_receipt", "run"]
 )
 @capacity_options
 @format_options
+@tier_options
 @json_option
 def run(prompt: str, *, as_json: bool, **options: Any) -> None:
     """Complete PROMPT and print the text as it comes.
@@ -41,12 +44,12 @@ def run(prompt: str, *, as_json: bool, **options: Any) -> None:
     if prompt == "-":
         prompt = sys.stdin.read().removesuffix("\n")
     params = sampling_params(options)
-    llm = open_llm(options)
     pieces = []
-    for piece in llm.stream(prompt, params):
-        pieces.append(piece)
-        if not as_json:
-            click.echo(piece.text, nl=False)
+    with open_llm(options) as llm:
+        for piece in llm.stream(prompt, params):
+            pieces.append(piece)
+            if not as_json:
+                click.echo(piece.text, nl=False)
     last = pieces[-1]
     assert last.receipt is not None
     assert last.finish_reason is not None
@@ -67,9 +70,15 @@ def run(prompt: str, *, as_json: bool, **options: Any) -> None:
 
 def describe_receipt(receipt: Receipt) -> str:
     """What a request cost, on one line."""
+    by_tier = [
+        f"{count} from {source}"
+        for source, count in receipt.tokens_by_source.items()
+        if count and source not in (DEVICE, "computed")
+    ]
+    where = f" ({', '.join(by_tier)})" if by_tier else ""
     first = "" if receipt.first_token_s is None else format_seconds(receipt.first_token_s)
     return (
         f"prompt {receipt.prompt_tokens} tokens: {receipt.computed_tokens} computed, "
-        f"{receipt.reused_tokens} reused · first token {first or 'none'} · "
+        f"{receipt.reused_tokens} reused{where} · first token {first or 'none'} · "
         f"{receipt.output_tokens} tokens in {format_seconds(receipt.total_s)}"
     )

@@ -5,12 +5,15 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Self
 
+from kvkeep.config.extensions import ExtensionGroup, find_extension
 from kvkeep.errors import ConfigError
 from kvkeep.spec import check_format_name
 
 __all__ = ["EngineSettings"]
 
+_POLICIES = ("lru", "slru", "gdsf", "s3fifo")
 _KERNELS = ("auto", "torch")
+_LOADING = ("measured", "always")
 _MODES = ("auto", "native", "latent", "gather", "hybrid", "dense")
 
 
@@ -27,7 +30,10 @@ class EngineSettings:
     or refuses the format; numbers of layers, or none, are taken as they are. `kv_exact_first_block` keeps the
     first block of every sequence so, which all later tokens may attend to, in layers that read all positions.
     `kernels` "auto" uses the compiled CPU kernels where they are installed and pass the self-test, "torch"
-    never; `poison` fills freed blocks with NaN, for tests.
+    never; `poison` fills freed blocks with NaN, for tests. `idle_s` seconds after their last use blocks leave
+    the device for the tiers below it, where there are any; None keeps them until their room is needed.
+    `loading` "measured" loads from tiers what is quicker loaded than computed on this machine, as steps and
+    loads have shown; "always" loads all there is. `calibration_folder` keeps what they have shown, or None.
     """
 
     block_size: int = 32
@@ -43,6 +49,9 @@ class EngineSettings:
     kernels: str = "auto"
     self_test: bool = True
     poison: bool = False
+    idle_s: float | None = 60.0
+    loading: str = "measured"
+    calibration_folder: str | None = "~/.cache/kvkeep/calibration"
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
@@ -62,8 +71,9 @@ class EngineSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field}={value!r} is not a positive integer; give at least 1")
-        if self.policy not in ("lru", "slru"):
-            raise ConfigError(f"policy={self.policy!r} is unknown; choose lru or slru")
+        _check_time(self.idle_s)
+        if self.policy not in _POLICIES:
+            find_extension(ExtensionGroup.POLICIES, str(self.policy), built_in=_POLICIES)
         check_format_name(self.kv_format)
         if self.kv_exact_layers != "auto" and not _are_layers(self.kv_exact_layers):
             raise ConfigError(
@@ -74,10 +84,25 @@ class EngineSettings:
             raise ConfigError(
                 f"kv_exact_first_block={self.kv_exact_first_block!r} is not a bool; give True or False"
             )
-        if self.kernels not in _KERNELS:
-            raise ConfigError(f"kernels={self.kernels!r} is unknown; choose auto or torch")
-        if self.mode not in _MODES:
-            raise ConfigError(f"mode={self.mode!r} is unknown; choose one of {', '.join(_MODES)}")
+        _check_choice("kernels", self.kernels, _KERNELS)
+        _check_choice("loading", self.loading, _LOADING)
+        _check_choice("mode", self.mode, _MODES)
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{field}={value!r} is unknown; choose one of {', '.join(choices)}")
+
+
+def _check_time(idle_s: float | None) -> None:
+    if idle_s is not None and not (_is_number(idle_s) and idle_s >= 0):
+        raise ConfigError(
+            f"idle_s={idle_s!r} is no time; give seconds, 0 or more, or None to keep blocks"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _are_layers(value: object) -> bool:

@@ -5,11 +5,13 @@ Synchronous, and owned by one thread. Asking for work is `add`; doing it is `ste
 
 from collections.abc import Collection, Sequence
 from itertools import count
+from time import perf_counter
 
 from torch import Tensor
 
 from kvkeep.blocks import Namespace, TokenChain
 from kvkeep.config import CacheOptions, EngineSettings, SamplingParams
+from kvkeep.engine.calibrate import calibrate, keep_calibration
 from kvkeep.engine.detokenizer import TokenDecoder
 from kvkeep.engine.generation import EndTokens, Generation, OutputStream
 from kvkeep.engine.outputs import FinishReason, Piece
@@ -21,6 +23,9 @@ from kvkeep.scheduling import PlannedWork, Request, Scheduler
 from kvkeep.spec import RequestId
 
 __all__ = ["Engine"]
+
+# With nothing to compute, a step waits so long for blocks that are on their way.
+_WAIT_FOR_MOVES_S = 0.05
 
 
 class Engine:
@@ -50,11 +55,18 @@ class Engine:
         self._request_to_output: dict[Request, tuple[Generation, OutputStream]] = {}
         self._pieces: list[Piece] = []
         self.num_steps = 0
+        if installed.chooser is not None:
+            installed.chooser.start_from(calibrate(installed, settings.calibration_folder))
 
     @property
     def has_work(self) -> bool:
         """Whether some request is not finished, or its last piece not given out."""
         return bool(self._generations or self._pieces)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether blocks are on their way, so that a step may have nothing to compute yet."""
+        return self.cache.is_moving
 
     def chain(self, token_ids: Sequence[int], salt: str | None = None) -> TokenChain:
         """The token chain of a prompt in this model's namespace."""
@@ -79,6 +91,8 @@ class Engine:
         self._refuse_misfits(chain, params)
         request_id = RequestId(next(self._ids))
         request = Request(request_id, chain, params, options)
+        if options.read:
+            request.lookup = self.cache.look_up(chain)
         first = OutputStream(request, 0, list(prompt_ids), self._tokenizer)
         generation = Generation(request_id, first)
         self._generations[request_id] = generation
@@ -99,7 +113,10 @@ class Engine:
         When the model fails, the requests of the batch are ended and its error is passed on. The engine can
         go on with the others; the last pieces of those that ended come with the next step.
         """
+        self.cache.poll(is_busy=self._scheduler.num_running > 0)
         plan = self._scheduler.plan()
+        if not plan.work and self._generations:
+            self.cache.wait(_WAIT_FOR_MOVES_S)
         if plan.work:
             self.num_steps += 1
             try:
@@ -116,12 +133,25 @@ class Engine:
         pieces, self._pieces = self._pieces, []
         return pieces
 
+    def close(self) -> None:
+        """End all requests, write to the tiers what is to survive, and close them."""
+        for generation in list(self._generations.values()):
+            self._end_all(generation, FinishReason.ABORT)
+        if self.installed.chooser is not None:
+            keep_calibration(self.installed, self.settings.calibration_folder)
+        self.cache.close()
+
     def _run(self, planned: Sequence[PlannedWork]) -> Tensor:
         work = [
             Work(item.request.held_lease(), item.spans, wants_logits=_wants_logits(item))
             for item in planned
         ]
-        return self.installed.paged.forward(work)
+        began_s = perf_counter()
+        logits_RV = self.installed.paged.forward(work)
+        if self.installed.chooser is not None:
+            spans = [span for item in planned for span in item.spans]
+            self.installed.chooser.observe_step(spans, perf_counter() - began_s)
+        return logits_RV
 
     def _advance(self, planned: Sequence[PlannedWork], logits_RV: Tensor) -> list[Piece]:
         """Choose the next token of every request that has computed all it knew."""

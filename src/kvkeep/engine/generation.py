@@ -9,6 +9,7 @@ from kvkeep.config import SamplingParams
 from kvkeep.engine.detokenizer import IncrementalDetokenizer, TokenDecoder
 from kvkeep.engine.outputs import FinishReason, Piece
 from kvkeep.engine.sampler import Sampled, SampleRow
+from kvkeep.planning import DEVICE
 from kvkeep.scheduling import Request
 from kvkeep.spec import RequestId
 
@@ -121,9 +122,20 @@ class Generation:
             reused_tokens=reused,
             computed_tokens=computed,
             output_tokens=sum(len(output.output_ids) for output in self.outputs),
-            tokens_by_source={"device": reused, "computed": computed},
+            tokens_by_source=_by_source(reused, computed, first.tokens_by_source),
             recomputed_tokens=sum(output.request.recomputed_tokens for output in self.outputs),
+            load_failures=dict(first.load_failures),
             num_preemptions=sum(output.request.num_preemptions for output in self.outputs),
             first_token_s=self._first_token_s,
             total_s=perf_counter() - self._started_s,
         )
+
+
+def _by_source(reused: int, computed: int, loaded: dict[str, int]) -> dict[str, int]:
+    """Where the prompt tokens came from; the last one is computed even where its block was loaded."""
+    sources = {DEVICE: reused}
+    for source, num_tokens in loaded.items():
+        taken = min(num_tokens, sources[DEVICE])
+        sources[DEVICE] -= taken
+        sources[source] = taken
+    return sources | {"computed": computed}

@@ -1,14 +1,15 @@
 """From a loaded model to a cache and a way to run the model over it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
 from transformers import PreTrainedModel
 
-from kvkeep.arena import ArenaGroups, fit_blocks
+from kvkeep.arena import ArenaGroups, Payloads, fit_blocks
 from kvkeep.blocks import Namespace
-from kvkeep.cache import KVCache
+from kvkeep.cache import Chooser, Hierarchy, KVCache
 from kvkeep.config import EngineSettings, parse_bytes
 from kvkeep.hf.fingerprint import longest_context, model_fingerprint, position_regime
 from kvkeep.hf.format_probe import FormatProbe
@@ -19,6 +20,10 @@ from kvkeep.hf.paged_model import PagedModel
 from kvkeep.hf.selftest import SelfTest
 from kvkeep.hf.verdict import Verdict, judge
 from kvkeep.native import Kernels, KernelsAbsent
+from kvkeep.spec import KVSpec
+from kvkeep.tiers import TierSettings
+from kvkeep.tiers.floors import open_floors
+from kvkeep.tiers.stack import TierStack
 
 __all__ = ["InstalledModel", "free_memory_bytes", "install"]
 
@@ -27,7 +32,8 @@ __all__ = ["InstalledModel", "free_memory_bytes", "install"]
 class InstalledModel:
     """A model, its cache, and the verdict of the self-test (None when it was switched off).
 
-    `kernels`, `linears` and `format_probe` are those of the Verdict.
+    `kernels`, `linears` and `format_probe` are those of the Verdict. `chooser` decides what to load from
+    tiers, None where there are none, or all is loaded.
     """
 
     cache: KVCache
@@ -41,10 +47,15 @@ class InstalledModel:
     kernels: Kernels | KernelsAbsent
     linears: tuple[LinearChoice, ...]
     format_probe: FormatProbe | None
+    chooser: Chooser | None = None
 
 
-def install(model: PreTrainedModel, settings: EngineSettings) -> InstalledModel:
+def install(
+    model: PreTrainedModel, settings: EngineSettings, *, tiers: Sequence[TierSettings] = ()
+) -> InstalledModel:
     """Measure, test and give memory to `model`, which outside of a step stays as it is.
+
+    `tiers` are opened below its arenas, nearest first; the cache closes them.
 
     Raises UnsupportedModelError when it cannot be served right, or not in the format asked for,
     CapacityError when memory is too small, ConfigError when its K/V cannot have that format at all.
@@ -59,8 +70,15 @@ def install(model: PreTrainedModel, settings: EngineSettings) -> InstalledModel:
         max_batch_tokens=settings.max_batch_tokens,
     )
     memory = _allocate(model, verdict, num_blocks, poison=settings.poison)
+    below = _open_below(spec, memory.arenas, tiers, settings)
     return InstalledModel(
-        cache=KVCache(spec, num_blocks, memory.arenas, policy=settings.policy),
+        cache=KVCache(
+            spec,
+            num_blocks,
+            memory.arenas,
+            policy=settings.policy,
+            below=below,
+        ),
         arenas=memory.arenas,
         paged=PagedModel(model, verdict.geometry, memory.arenas, memory.backend, verdict.mode),
         geometry=verdict.geometry,
@@ -76,7 +94,22 @@ def install(model: PreTrainedModel, settings: EngineSettings) -> InstalledModel:
         kernels=verdict.kernels,
         linears=verdict.linears,
         format_probe=verdict.format_probe,
+        chooser=None if below is None else below.chooser,
     )
+
+
+def _open_below(
+    spec: KVSpec, arenas: ArenaGroups, tiers: Sequence[TierSettings], settings: EngineSettings
+) -> Hierarchy | None:
+    if not tiers:
+        return None
+    stack = TierStack(open_floors(tiers))
+    chooser = None
+    if settings.loading == "measured":
+        names = [tier.name for tier in stack.tiers]
+        chooser = Chooser(spec, names, step_tokens=settings.max_batch_tokens)
+    payloads = Payloads(spec, arenas)
+    return Hierarchy(spec, payloads, stack, idle_s=settings.idle_s, chooser=chooser)
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -11,14 +11,21 @@ from dataclasses import dataclass
 from kvkeep.spec import BlockId, GroupSpec, LayerKind, Span, merge_spans
 
 __all__ = [
+    "DEVICE",
     "Coverage",
     "CoveragePlan",
     "GroupBlocks",
+    "Known",
     "PartialHit",
     "Run",
+    "StoredBlock",
     "coverage_of",
     "plan_coverage",
 ]
+
+
+# The source of what is in the arena; tiers have names of their own.
+DEVICE = "device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +56,26 @@ class Coverage:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredBlock:
+    """A block that is not on the device, but in the tier of that number and name."""
+
+    at: int
+    source: str
+
+
+# A block on the device, in a tier, or not known.
+Known = BlockId | StoredBlock | None
+
+
+@dataclass(frozen=True, slots=True)
 class GroupBlocks:
-    """What one group has on the device of a request's full blocks: a block or None for each.
+    """What one group has of a request's full blocks.
 
     In a recurrent group entry `j` is the state *after* block `j`.
     """
 
     spec: GroupSpec
-    blocks: Sequence[BlockId | None]
+    blocks: Sequence[Known]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +103,62 @@ class CoveragePlan:
 
     def shared_inside_gaps(self, group: int, block_size: int) -> set[int]:
         """Numbers of the shared blocks of a group that lie in some gap: read there, not written."""
+        return self._inside_gaps(block_size).intersection(self.shared[group])
+
+    def loads(self, group: int, blocks: Sequence[Known], block_size: int) -> list[int]:
+        """Numbers of the blocks of a group that some tier has and that the plan wants on the device.
+
+        What lies in some gap as a whole is computed with it and needs no loading.
+        """
+        stored = [at for at in self.shared[group] if isinstance(blocks[at], StoredBlock)]
+        if not stored:
+            return []
+        whole = [range(-(-gap.start // block_size), gap.stop // block_size) for gap in self.gaps]
+        return [at for at in stored if not any(at in numbers for numbers in whole)]
+
+    def _inside_gaps(self, block_size: int) -> set[int]:
         inside: set[int] = set()
         for gap in self.gaps:
             inside.update(range(gap.start // block_size, -(-gap.stop // block_size)))
-        return inside.intersection(self.shared[group])
+        return inside
 
 
-def coverage_of(num_tokens: int, plan: CoveragePlan) -> Coverage:
-    """The plan's gaps and what lies between them, as runs."""
+def coverage_of(
+    num_tokens: int, block_size: int, plan: CoveragePlan, groups: Sequence[GroupBlocks]
+) -> Coverage:
+    """The plan's gaps, and between them runs by where their blocks are: the farthest of any group."""
+    number_to_source = {
+        number: block.source
+        for group, shared in zip(groups, plan.shared, strict=True)
+        for number in shared
+        if isinstance(block := group.blocks[number], StoredBlock)
+    }
     runs: list[Run] = []
     at = 0
     for gap in () if plan.is_complete else plan.gaps:
-        if gap.start > at:
-            runs.append(Run(at, gap.start, "device"))
+        runs += _known_runs(at, gap.start, block_size, number_to_source)
         runs.append(Run(gap.start, gap.stop, None))
         at = gap.stop
-    if at < num_tokens:
-        runs.append(Run(at, num_tokens, "device"))
+    runs += _known_runs(at, num_tokens, block_size, number_to_source)
     return Coverage(num_tokens, tuple(runs))
+
+
+def _known_runs(
+    start: int, stop: int, block_size: int, number_to_source: dict[int, str]
+) -> list[Run]:
+    if not number_to_source:
+        return [Run(start, stop, DEVICE)] if start < stop else []
+    runs: list[Run] = []
+    while start < stop:
+        number = start // block_size
+        end = min(stop, (number + 1) * block_size)
+        source = number_to_source.get(number, DEVICE)
+        if runs and runs[-1].source == source:
+            runs[-1] = Run(runs[-1].start, end, source)
+        else:
+            runs.append(Run(start, end, source))
+        start = end
+    return runs
 
 
 def plan_coverage(

@@ -1,7 +1,7 @@
 """Least recently used, leaves before their parents."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import islice
 
 from kvkeep.policies.base import EvictionPolicy, Item
 
@@ -9,13 +9,15 @@ __all__ = ["LRU"]
 
 
 class LRU(EvictionPolicy[Item]):
-    """A dict in order of use: the first key is the first to go."""
+    """Items in order of use: the first is the first to go."""
 
     def __init__(self) -> None:
-        self._items: dict[Item, None] = {}
+        # To find its first key a plain dict steps over all that went before it.
+        self._items: OrderedDict[Item, None] = OrderedDict()
 
     def insert(self, items: Sequence[Item]) -> None:
-        self._items.update(dict.fromkeys(reversed(items)))
+        for item in reversed(items):
+            self._items[item] = None
 
     def remove(self, items: Sequence[Item]) -> None:
         for item in items:
@@ -28,9 +30,8 @@ class LRU(EvictionPolicy[Item]):
     def evict(self, num_items: int) -> list[Item] | None:
         if num_items > len(self._items):
             return None
-        evicted = list(islice(self._items, num_items))
-        self.remove(evicted)
-        return evicted
+        take_first = self._items.popitem
+        return [take_first(last=False)[0] for _ in range(num_items)]
 
     def __len__(self) -> int:
         return len(self._items)

@@ -1,9 +1,10 @@
 """One request from arrival to its last token, as counters and a lease."""
 
+from collections import Counter
 from enum import StrEnum
 
 from kvkeep.blocks import TokenChain
-from kvkeep.cache import Lease
+from kvkeep.cache import Lease, Lookup
 from kvkeep.config import CacheOptions, SamplingParams
 from kvkeep.spec import RequestId
 
@@ -35,10 +36,14 @@ class Request:
         self.status = RequestStatus.WAITING
         self.num_prompt = len(chain)
         self.lease: Lease | None = None
+        self.lookup: Lookup | None = None
         self.reused_tokens: int | None = None
         self.recomputed_tokens = 0
         self.num_preemptions = 0
-        self._pending_when_preempted = 0
+        self.load_failures: Counter[str] = Counter()
+        self._number_to_source: dict[int, str] = {}
+        self._pending_before = 0
+        self._lost_by_failure = False
 
     @property
     def num_output(self) -> int:
@@ -50,27 +55,48 @@ class Request:
         """Tokens generated so far."""
         return self.chain.tokens(self.num_prompt)
 
+    @property
+    def tokens_by_source(self) -> dict[str, int]:
+        """Of the prompt tokens that were reused, how many came from each tier."""
+        sources: Counter[str] = Counter()
+        size = self.chain.block_size
+        for number, source in self._number_to_source.items():
+            sources[source] += max(0, min(size, self.num_prompt - number * size))
+        return dict(sources)
+
     def start(self, lease: Lease) -> None:
-        """Run with `lease`; after a preemption, count what it no longer has, or has from others."""
+        """Run with `lease`; after a pause, count what it no longer has, or has from others."""
         self.lease = lease
         self.status = RequestStatus.RUNNING
         if self.reused_tokens is None:
             self.reused_tokens = min(lease.reused_tokens, self.num_prompt)
             return
-        lost = lease.num_pending - self._pending_when_preempted
-        self.recomputed_tokens += max(0, lost)
-        self.reused_tokens += max(0, -lost)
+        lost = lease.num_pending - self._pending_before
+        if lost > 0 and not self._lost_by_failure:
+            self.recomputed_tokens += lost
+        else:
+            self.reused_tokens -= lost
 
     def preempt(self) -> None:
         """Give the blocks back and wait."""
-        self._pending_when_preempted = self.held_lease().num_pending
         self.num_preemptions += 1
+        self._pause(lost_by_failure=False)
+
+    def pause_for_gaps(self) -> None:
+        """Give the blocks back, because some that were to be loaded have to be computed."""
+        self._pause(lost_by_failure=True)
+
+    def _pause(self, *, lost_by_failure: bool) -> None:
+        self._pending_before = self.held_lease().num_pending
+        self._lost_by_failure = lost_by_failure
         self.release()
         self.status = RequestStatus.WAITING
 
     def release(self) -> None:
         """Give the blocks back, if there are any."""
         if self.lease is not None:
+            self._number_to_source |= self.lease.loaded
+            self.load_failures.update(self.lease.failed.values())
             self.lease.release()
             self.lease = None
 

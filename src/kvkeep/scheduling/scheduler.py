@@ -19,6 +19,7 @@ __all__ = ["PlannedWork", "Scheduler", "StepPlan"]
 _GAP_SHARE_BESIDE_DECODE = 4
 # Gaps of this many requests are worked on at once; more would only make each of them later.
 _MAX_REQUESTS_WITH_GAPS = 4
+_WAIT_FOR_ROOM_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +92,16 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Choose the next step's spans; admits, extends leases and preempts where memory runs out."""
+        self._retry_failed()
         self._admit()
         step = _Step(self._max_batch_tokens)
-        decoding = [request for request in self._running if request.held_lease().num_pending == 1]
+        runnable = [r for r in self._running if r.held_lease().runnable_gaps]
+        decoding = [request for request in runnable if request.held_lease().num_pending == 1]
         for request in decoding:
             self._plan_request(step, request, step.budget)
         if step.request_to_work:
             step.budget = min(step.budget, self._max_batch_tokens // _GAP_SHARE_BESIDE_DECODE)
-        with_gaps = [r for r in self._running if r not in decoding][:_MAX_REQUESTS_WITH_GAPS]
+        with_gaps = [r for r in runnable if r not in decoding][:_MAX_REQUESTS_WITH_GAPS]
         for at, request in enumerate(with_gaps):
             # An even share; what short requests leave of theirs goes to those behind them.
             self._plan_request(step, request, -(-step.budget // (len(with_gaps) - at)))
@@ -114,16 +117,40 @@ class Scheduler:
             if self._would_thrash(request):
                 self._waiting.appendleft(request)
                 break
-            if self._would_repeat(request):
+            if self._would_repeat(request) or self._should_wait(request):
                 skipped.append(request)
                 continue
-            options = request.options
-            lease = self._cache.reserve(request.chain, read=options.read, write=options.write)
+            lease = self._reserve(request)
             if lease is None:
                 self._waiting.appendleft(request)
                 break
             self._start(request, lease)
         self._waiting.extendleft(reversed(skipped))
+
+    def _reserve(self, request: Request) -> Lease | None:
+        options = request.options
+        return self._cache.reserve(
+            request.chain, read=options.read, write=options.write, lookup=request.lookup
+        )
+
+    def _retry_failed(self) -> None:
+        """What could not be loaded is a gap of its request, which keeps everything behind it."""
+        for request in list(self._running):
+            lease = request.held_lease()
+            if not lease.failed or lease.loads:
+                continue
+            self._cache.avoid_failed(lease, request.lookup)
+            self._running.remove(request)
+            request.pause_for_gaps()
+            again = self._reserve(request)
+            if again is None:
+                self._waiting.appendleft(request)
+            else:
+                self._start(request, again)
+
+    def _should_wait(self, request: Request) -> bool:
+        """Whether tiers are still being asked for it, or another request loads what it needs."""
+        return request.options.read and self._cache.is_awaited(request.chain, request.lookup)
 
     def _would_thrash(self, request: Request) -> bool:
         """Whether a request that gave its blocks back would have to do so again at once."""
@@ -151,20 +178,26 @@ class Scheduler:
         if request.status is not RequestStatus.RUNNING:
             return
         lease = request.held_lease()
-        spans = cut_spans(self._cache.spec, lease.gaps, len(lease.chain), min(budget, step.budget))
+        spans = self._cut(lease, min(budget, step.budget))
         if not spans:
             return
         while not self._cache.extend(lease, spans):
             victim = self._running[-1]
             if len(self._running) == 1:
+                if self._cache.wait(_WAIT_FOR_ROOM_S):
+                    self._cache.poll()  # what has arrived gives up the places that it held
+                    continue
                 lease = self._restart_alone(request)
-                spans = cut_spans(self._cache.spec, lease.gaps, len(lease.chain), step.budget)
+                spans = self._cut(lease, step.budget)
                 continue
             self._preempt(step, victim)
             if victim is request:
                 return
         is_last = spans[-1].stop == len(lease.chain)
         step.plan(PlannedWork(request, spans, is_last))
+
+    def _cut(self, lease: Lease, budget: int) -> tuple[Span, ...]:
+        return cut_spans(self._cache.spec, lease.runnable_gaps, len(lease.chain), budget)
 
     def _spend_rest(self, step: "_Step", requests: list[Request]) -> None:
         """Give the budget that is left to the oldest request that can use it."""
@@ -174,7 +207,7 @@ class Scheduler:
                 continue
             lease = request.held_lease()
             budget = step.budget + planned.num_tokens
-            spans = cut_spans(self._cache.spec, lease.gaps, len(lease.chain), budget)
+            spans = self._cut(lease, budget)
             # Where there is no room the smaller plan stands: nobody is preempted for leftovers.
             if self._cache.extend(lease, spans):
                 step.cancel(request)

@@ -1,0 +1,356 @@
+"""The device and what lies below it as one: where blocks are, and their way up and down.
+
+Owned by the thread that owns the books; lanes move the bytes, and `poll` takes in what they have done. No
+fault of a tier is more than a miss with a cause here.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from logging import getLogger
+from time import monotonic
+
+from kvkeep.blocks import BlockLedger, Entry, TokenChain, stored_key
+from kvkeep.cache.base import PayloadStore
+from kvkeep.cache.choosing import Chooser
+from kvkeep.cache.copies import Copies
+from kvkeep.cache.decision import Decision
+from kvkeep.cache.lease import Lease
+from kvkeep.cache.loads import Loaded, Loads
+from kvkeep.cache.lookup import RequestPlan
+from kvkeep.cache.lookups import Lookup, Lookups
+from kvkeep.cache.places import Places
+from kvkeep.cache.receipts import TierReport
+from kvkeep.planning import PlannerStats, StoredBlock
+from kvkeep.spec import BlockId, BlockKey, KVSpec, StoredKey
+from kvkeep.tiers.audit import AuditReport, audit
+from kvkeep.tiers.base import Occasion, Presence
+from kvkeep.tiers.lanes import Results
+from kvkeep.tiers.stack import TierStack
+from kvkeep.tiers.stored_form import header_bytes
+
+__all__ = ["Hierarchy"]
+
+_log = getLogger(__name__)
+
+# Blocks whose fate is decided in one poll, at the most, so that a step is never held up.
+_MOST_AT_ONCE = 64
+_LONG_AGO = float("-inf")
+# What is not written within this long when the cache is closed is given up.
+_FLUSH_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """A block that a request has let go of, and why it may go down."""
+
+    group: int
+    block: BlockId
+    key: BlockKey
+    occasion: Occasion
+
+
+class Hierarchy:
+    """A TierStack below the ledgers of a KVCache.
+
+    Blocks that nobody used for `idle_s` leave the device; None keeps them. Without a `chooser` all that is
+    stored is loaded.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        payloads: PayloadStore,
+        stack: TierStack,
+        *,
+        idle_s: float | None = None,
+        chooser: Chooser | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.spec = spec
+        self.chooser = chooser
+        self.stack = stack
+        self._payloads = payloads
+        self._idle_s = idle_s
+        self._clock = clock
+        self._results = Results()
+        self.copies = Copies(spec, payloads, stack, self._results)
+        self.lookups = Lookups(stack, self._results, clock)
+        self._finished: deque[_Finished] = deque()
+        # When each block was let go of last, the longest ago first.
+        self._rested: OrderedDict[tuple[int, BlockId], tuple[BlockKey, float]] = OrderedDict()
+
+    def attach(self, places: Places) -> None:
+        """Say whose blocks these are: once, by the KVCache."""
+        self._places = places
+        self._ledgers: Sequence[BlockLedger] = places.ledgers
+        self.loads = Loads(
+            self.spec, places, self._payloads, self.stack, self._results, clock=self._clock
+        )
+        self.loads.on_loaded = self._note_loaded
+
+    # --- questions -------------------------------------------------------------------------------
+
+    def find(
+        self, group: int, keys: Sequence[BlockKey], lookup: Lookup | None
+    ) -> dict[BlockKey, StoredBlock]:
+        """Which of a group's keys some tier has; of those behind wires what `lookup` knows."""
+        key_to_stored = {key: stored_key(key, group) for key in keys}
+        sightings = self.stack.find(list(key_to_stored.values()), self.stack.local)
+        found: dict[BlockKey, StoredBlock] = {}
+        for key, stored in key_to_stored.items():
+            sighting = sightings.get(stored)
+            at = (
+                None
+                if sighting is None or sighting.presence is not Presence.PRESENT
+                else sighting.at
+            )
+            if at is None and lookup is not None:
+                at = lookup.found.get(stored)
+            is_avoided = lookup is not None and stored in lookup.avoided
+            if (
+                at is None
+                or is_avoided
+                or self.loads.holds_key(stored)
+                or self.copies.is_cancelled(stored)
+            ):
+                continue
+            found[key] = StoredBlock(at, self.stack.tiers[at].name)
+        return found
+
+    def stored_keys(self, chain: TokenChain) -> list[StoredKey]:
+        """The names in tiers of a chain's blocks that are not on the device."""
+        return [
+            stored_key(key, group)
+            for group, ledger in enumerate(self._ledgers)
+            for key in chain.keys
+            if ledger.get(key) is None
+        ]
+
+    def is_loading(self, chain: TokenChain) -> bool:
+        """Whether something that a request for `chain` could use is on its way now."""
+        if not self.loads.num_under_way:
+            return False
+        groups = range(len(self.spec.groups))
+        return any(
+            self.loads.is_loading(stored_key(key, group)) for key in chain.keys for group in groups
+        )
+
+    def audit(self) -> list[AuditReport]:
+        """Every object of every tier, read and compared; nothing is taken out."""
+        return [audit(tier, repair=False) for tier in self.stack.tiers]
+
+    @property
+    def num_moves(self) -> int:
+        """Loads and copies under way."""
+        return self.loads.num_under_way + self.copies.num_under_way
+
+    def stats(self) -> tuple[TierReport, ...]:
+        """What every tier holds, and what came and went."""
+        return tuple(
+            TierReport(
+                tier=tier.stats(),
+                num_loaded=counts.num_blocks,
+                loaded_bytes=counts.num_bytes,
+                load_seconds=counts.seconds,
+                load_failures=dict(counts.failures),
+            )
+            for tier, counts in zip(self.stack.tiers, self.loads.counts, strict=True)
+        )
+
+    def choose(self, num_tokens: int, request: RequestPlan, *, num_others: int) -> Decision | None:
+        """What of a request's stored blocks to load, and what to compute all the same."""
+        if self.chooser is None:
+            return None
+        header = header_bytes(self.spec.block_size)
+        object_bytes = [
+            header + self._payloads.num_bytes(group, BlockId(0))
+            for group in range(len(self.spec.groups))
+        ]
+        queued = {
+            tier.name: self.loads.queued_bytes(at) for at, tier in enumerate(self.stack.tiers)
+        }
+        return self.chooser.choose(num_tokens, request, object_bytes, queued, num_others=num_others)
+
+    def finish(self, decision: Decision) -> None:
+        """All that was decided on has been loaded and computed."""
+        if self.chooser is not None:
+            self.chooser.finish(decision)
+
+    @property
+    def planner_stats(self) -> PlannerStats | None:
+        """Decisions between loading and computing, and how they turned out; None where all is loaded."""
+        return None if self.chooser is None else self.chooser.stats
+
+    # --- what the cache reports --------------------------------------------------------------------
+
+    def note_shared(self, lease: Lease) -> None:
+        """A request uses what is on the device: lower copies are in use, too."""
+        for group, table in enumerate(lease.tables):
+            ledger = self._ledgers[group]
+            keys = [ledger.key_of(block) for block in table.held()]
+            self.stack.touch([stored_key(key, group) for key in keys if key is not None])
+
+    def note_released(self, group: int, blocks: Sequence[BlockId], lease: Lease) -> None:
+        """A request has let go of these, in chain order; a leaf goes down before its parents."""
+        ledger, now_s = self._ledgers[group], self._clock()
+        for block in reversed(blocks):
+            key = ledger.key_of(block)
+            if key is None:
+                continue
+            is_reused = block in lease.reused[group]
+            occasion = Occasion.REUSED if is_reused else Occasion.FINISHED
+            if self.copies.wants(stored_key(key, group), occasion):
+                self._finished.append(_Finished(group, block, key, occasion))
+            if self._idle_s is not None:
+                self._rested[group, block] = (key, now_s)
+                self._rested.move_to_end((group, block))
+
+    def before_eviction(
+        self, group: int, blocks: Sequence[BlockId], entries: Sequence[Entry]
+    ) -> None:
+        """The places of these are about to be reused: what is not below yet goes there now."""
+        self.copies.leave_alone(group, entries)
+        self.copies.demote(group, blocks, entries)
+
+    def before_forgetting(self, group: int, blocks: Sequence[BlockId]) -> None:
+        """The content of these is no longer wanted, but a copy may be reading it."""
+        ledger = self._ledgers[group]
+        self.copies.leave_alone(group, [ledger.entry_of(block) for block in blocks])
+
+    # --- moves -----------------------------------------------------------------------------------
+
+    def poll(self, *, is_busy: bool) -> None:
+        """Take in what the lanes have done, and give them more."""
+        self.copies.is_busy = is_busy
+        for finish in self._results.take():
+            finish()
+        self.loads.give_up_late()
+        self._copy_finished()
+        self._demote_idle()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until a move or a look-up is done; False if none is in time."""
+        return self._results.wait(timeout_s)
+
+    def offload(self) -> None:
+        """Treat all that nobody uses as idle, and wait until it has gone down as far as tiers take it."""
+        for group, ledger in enumerate(self._ledgers):
+            for block in ledger.sealed_blocks():
+                key = ledger.key_of(block)
+                if key is not None and not ledger.pool.num_holders(block):
+                    self._rested[group, block] = (key, _LONG_AGO)
+                    self._rested.move_to_end((group, block), last=False)
+        while self._rested and next(iter(self._rested.values()))[1] == _LONG_AGO:
+            self.poll(is_busy=False)
+            if self.num_moves:
+                self.wait(1.0)
+        self.settle()
+
+    def settle(self, timeout_s: float = float("inf")) -> None:
+        """Wait until nothing is under way."""
+        until_s = self._clock() + timeout_s
+        while self.num_moves and self._clock() < until_s:
+            self.wait(1.0)
+            self.poll(is_busy=False)
+
+    def delete(self, keys: Sequence[StoredKey]) -> dict[str, int]:
+        """Forget objects in all tiers; how many there were in each, by its name."""
+        self.copies.cancel(keys)
+        self.lookups.forget(keys)
+        counts = self.stack.delete(keys)
+        return {self.stack.tiers[at].name: count for at, count in counts.items()}
+
+    def clear(self) -> dict[str, int]:
+        """Forget all objects of all tiers; how many there were in each, by its name."""
+        self.settle()
+        counts: dict[str, int] = {}
+        for tier in self.stack.tiers:
+            keys = [one.key for one in tier.objects()]
+            self.copies.cancel(keys)
+            counts[tier.name] = tier.delete(keys)
+        return counts
+
+    def flush(self) -> None:
+        """Write to the tiers that outlive the process what they do not have; then close everything."""
+        for group, ledger in enumerate(self._ledgers):
+            for block in ledger.sealed_blocks():
+                key, entry = ledger.key_of(block), ledger.entry_of(block)
+                assert key is not None
+                begin = partial(self.copies.begin, group, block, entry, Occasion.CLOSING, _nothing)
+                if self.copies.wants(stored_key(key, group), Occasion.CLOSING):
+                    self._insist(begin)
+        self.settle(_FLUSH_S)
+        if self.num_moves:
+            _log.warning("%d blocks were not written before closing", self.num_moves)
+
+    def close(self) -> None:
+        """Flush, end the threads, close the tiers."""
+        self.flush()
+        self.lookups.close()
+        self.loads.close()
+        self.copies.close()
+        self.stack.close()
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _insist(self, begin: Callable[[], bool]) -> None:
+        while not begin():
+            if not self.copies.num_under_way:
+                return
+            self.wait(1.0)
+            self.poll(is_busy=False)
+
+    def _copy_finished(self) -> None:
+        for _ in range(min(len(self._finished), _MOST_AT_ONCE)):
+            one = self._finished[0]
+            ledger = self._ledgers[one.group]
+            if ledger.key_of(one.block) == one.key:
+                key = stored_key(one.key, one.group)
+                entry = ledger.entry_of(one.block)
+                if self.copies.wants(key, one.occasion) and not self.copies.begin(
+                    one.group, one.block, entry, one.occasion, _nothing
+                ):
+                    return
+            self._finished.popleft()
+
+    def _demote_idle(self) -> None:
+        """Blocks that nobody used for `idle_s` leave the device, once they are below."""
+        before_s = self._clock() - (self._idle_s or 0.0)
+        for _ in range(min(len(self._rested), _MOST_AT_ONCE)):
+            place, (key, rested_s) = next(iter(self._rested.items()))
+            if rested_s > before_s:
+                return
+            group, block = place
+            ledger = self._ledgers[group]
+            if ledger.key_of(block) == key and not ledger.pool.num_holders(block):
+                stored = stored_key(key, group)
+                if self.copies.is_under_way(stored):
+                    return
+                if self.copies.wants(stored, Occasion.IDLE):
+                    leave = partial(self._leave, group, block, key)
+                    entry = ledger.entry_of(block)
+                    if not self.copies.begin(group, block, entry, Occasion.IDLE, leave):
+                        return
+                elif self.copies.has_copy(stored):
+                    self._leave(group, block, key)
+            del self._rested[place]
+
+    def _note_loaded(self, loaded: Loaded) -> None:
+        if loaded.at in self.stack.distant:
+            self.copies.remember(loaded.key)
+        if self.chooser is not None:
+            name = self.stack.tiers[loaded.at].name
+            self.chooser.observe_load(name, loaded.num_bytes, loaded.seconds, loaded.queued_bytes)
+
+    def _leave(self, group: int, block: BlockId, key: BlockKey) -> None:
+        """Let go of a block that is below, unless somebody has come to use it."""
+        ledger = self._ledgers[group]
+        if ledger.key_of(block) == key and not ledger.pool.num_holders(block):
+            self.before_forgetting(group, [block])
+            self._places.forget(group, [block])
+
+
+def _nothing() -> None:
+    """What follows a copy that was made ahead of time."""

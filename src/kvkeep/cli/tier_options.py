@@ -1,0 +1,55 @@
+"""Options that say where blocks are kept below the device, and where settings come from."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from kvkeep.config.sources import LoadedSettings, load_settings
+from kvkeep.tiers.floors import tier_settings
+from kvkeep.tiers.settings import TierSettings
+
+__all__ = ["load_given", "tier_options", "tiers_of"]
+
+_Command = Callable[..., Any]
+# Options of commands that are fields of EngineSettings under the same name.
+ENGINE_OPTIONS = ("capacity", "block_size", "kv_format", "kv_exact_first_block", "kernels")
+
+
+def tier_options(function: _Command) -> _Command:
+    """--tier, once for each tier, and --config."""
+    add_tiers = click.option(
+        "--tier",
+        "tiers",
+        multiple=True,
+        metavar="TIER",
+        help="Keep blocks below the device too: host:4GB, disk:FOLDER:50GB, redis://HOST, "
+        "s3://BUCKET/PREFIX; repeatable, nearest first, options behind '?'.",
+    )
+    add_config = click.option(
+        "--config",
+        metavar="FILE",
+        help="Settings from a TOML file, where neither a flag nor the environment gives them.  "
+        "[default: what KVKEEP_CONFIG names]",
+    )
+    return add_tiers(add_config(function))
+
+
+def load_given(context: click.Context) -> LoadedSettings:
+    """Settings from the options that were given, the environment, the file, and defaults, in this order.
+
+    An option's own default does not count: it must not overrule what a file says.
+    """
+    options = context.params
+    given = {
+        name: options[name]
+        for name in (*ENGINE_OPTIONS, "tiers")
+        if name in options and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    return load_settings(file=options.get("config"), flags=given)
+
+
+def tiers_of(settings: LoadedSettings) -> Sequence[TierSettings]:
+    """The tiers that the settings ask for, nearest first; none is opened."""
+    return tuple(tier_settings(table) for table in settings.tiers)

@@ -1,0 +1,204 @@
+"""The contract of a tier: media below the device, where blocks lie as objects, by StoredKey.
+
+A tier knows nothing of K/V: an object is bytes of a known length, written once under the name of its content
+and never changed. What the bytes mean, and whether they are right, is `stored_form`'s business, so that one
+check guards every medium. Any thread may call any method.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+from typing import Self
+
+from kvkeep.spec import StoredKey
+
+__all__ = [
+    "Capabilities",
+    "Got",
+    "Miss",
+    "MissCause",
+    "Occasion",
+    "Presence",
+    "PutOutcome",
+    "StoredObject",
+    "Tier",
+    "TierStats",
+]
+
+
+class Presence(StrEnum):
+    """What a tier knows of a key."""
+
+    ABSENT = "absent"
+    PRESENT = "present"
+    IN_FLIGHT = "in flight"  # being written: there soon, or not at all
+
+
+class MissCause(StrEnum):
+    """Why a get gave nothing that can be used."""
+
+    ABSENT = "absent"
+    SHORT = "short"  # the object has another length than was asked for
+    CORRUPT = "corrupt"  # its checksum is wrong, or its header cannot be read
+    MISMATCH = (
+        "mismatch"  # it is whole, but the content of another key, namespace, format or layout
+    )
+    LATE = "late"  # no answer before the deadline
+    UNAVAILABLE = "unavailable"  # the medium failed, or is switched off after failing
+
+
+@dataclass(frozen=True, slots=True)
+class Got:
+    """All buffers are filled."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """Nothing was got; the buffers may hold anything. `reason` is for people."""
+
+    cause: MissCause
+    reason: str = ""
+
+
+class PutOutcome(StrEnum):
+    """What became of a put; every outcome leaves the tier usable."""
+
+    STORED = "stored"
+    PRESENT = "present"  # it is there already, or somebody is writing it
+    REFUSED = "refused"  # too large, or no room that may be taken
+    FAILED = "failed"  # the medium failed; nothing of it is visible
+
+
+class Occasion(StrEnum):
+    """When a block may be written to a tier."""
+
+    FINISHED = "finished"  # the request that computed it has ended
+    REUSED = "reused"  # a second request used it
+    IDLE = "idle"  # nobody used it for `idle_s`
+    EVICTED = "evicted"  # the place above needs its room
+    CLOSING = "closing"  # the process ends in good order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capabilities:
+    """What a medium can do.
+
+    `is_local`: `find` answers from memory, without waiting for a medium. `is_persistent`: objects outlive the
+    process. `is_shared`: other machines see them. `keeps_labels`: `relabel` and `labels` work.
+    """
+
+    is_local: bool
+    is_persistent: bool
+    is_shared: bool
+    keeps_labels: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object as iteration shows it."""
+
+    key: StoredKey
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TierStats:
+    """What a tier holds and what it did. `capacity_bytes` is None where somebody else bounds it.
+
+    `in_use_bytes` are being read or written, `reusable_bytes` wait for a reader; `free_bytes` is None without
+    a capacity. `misses` counts by MissCause, `puts` by PutOutcome.
+    """
+
+    name: str
+    capacity_bytes: int | None
+    in_use_bytes: int
+    reusable_bytes: int
+    free_bytes: int | None
+    num_objects: int
+    num_evictions: int
+    misses: dict[str, int]
+    puts: dict[str, int]
+
+
+class Tier(ABC):
+    """One medium. No method raises for a fault of the medium: get misses, put fails, find says absent.
+
+    Constructors raise ConfigError for settings that cannot be, before anything is written.
+    """
+
+    name: str
+    capabilities: Capabilities
+
+    @property
+    @abstractmethod
+    def capacity_bytes(self) -> int | None:
+        """The most it may hold, or None where somebody else bounds it."""
+
+    @property
+    @abstractmethod
+    def used_bytes(self) -> int:
+        """Bytes of all objects, those being written included; never more than the capacity."""
+
+    @abstractmethod
+    def find(self, keys: Sequence[StoredKey]) -> list[Presence]:
+        """What is known of each key, in one round trip for all. Changes nothing."""
+
+    @abstractmethod
+    def get(self, key: StoredKey, buffers: Sequence[memoryview]) -> Got | Miss:
+        """Fill `buffers`, writable and contiguous, in order with the object's bytes.
+
+        An object that is not exactly as long as all of them together is a miss (SHORT), found out before
+        memory is taken. Counts as a use for the tier's eviction.
+        """
+
+    @abstractmethod
+    def put(self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int) -> PutOutcome:
+        """Keep `parts`, together `num_bytes`, under `key`; evicts what its policy lets go for it.
+
+        Until all parts are written the key is IN_FLIGHT and cannot be got; when `parts` ends early or raises,
+        nothing of it stays, and what it raised is passed on.
+        """
+
+    @abstractmethod
+    def delete(self, keys: Sequence[StoredKey]) -> int:
+        """Forget objects, also ones being written; returns how many there were.
+
+        Who is reading one reads it to its end.
+        """
+
+    @abstractmethod
+    def objects(self) -> Iterator[StoredObject]:
+        """All complete objects, in no order; others may come and go meanwhile."""
+
+    @abstractmethod
+    def stats(self) -> TierStats:
+        """Counters since the start, and what is held now."""
+
+    def touch(self, keys: Sequence[StoredKey]) -> None:  # noqa: B027 - most keep no order
+        """Say that these were used elsewhere; where an eviction order is kept, it counts as a use."""
+
+    def labels(self, key: StoredKey) -> bytes | None:
+        """The labels of an object, b"" at first; None where there is no such object, or no labels."""
+        return None
+
+    def relabel(self, key: StoredKey, labels: bytes) -> bool:
+        """Replace an object's labels, which survive what the object survives; whether that was done."""
+        return False
+
+    def close(self) -> None:  # noqa: B027 - some have nothing to give back
+        """Give back files, memory and connections; calling it again does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

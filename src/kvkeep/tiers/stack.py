@@ -1,0 +1,156 @@
+"""Tiers in order, nearest first: where a block is, where it is written on which occasion, what falls down.
+
+A block may lie in several tiers: a lower copy is what survives. Nothing here touches the device.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from kvkeep.spec import StoredKey
+from kvkeep.tiers.base import Occasion, Presence, PutOutcome, Tier
+
+__all__ = ["Floor", "Parts", "Sighting", "SpillingTier", "TierStack"]
+
+# Makes the parts of an object anew for every tier that it is written to.
+Parts = Callable[[], Iterable[memoryview]]
+
+
+@runtime_checkable
+class SpillingTier(Protocol):
+    """A tier that shows what it evicts, before its place is reused."""
+
+    on_evict: Callable[[StoredKey, Sequence[memoryview]], None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """A tier of a stack, and the occasions on which blocks are written to it."""
+
+    tier: Tier
+    write_on: frozenset[Occasion]
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """The nearest tier, by number, that has a block, or is about to."""
+
+    at: int
+    presence: Presence
+
+
+class TierStack:
+    """Floors by number, 0 the nearest to the device."""
+
+    def __init__(self, floors: Sequence[Floor]) -> None:
+        self.floors = tuple(floors)
+        for at, floor in enumerate(self.floors):
+            if isinstance(floor.tier, SpillingTier):
+                floor.tier.on_evict = self._spill_from(at)
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The tiers, nearest first."""
+        return tuple(floor.tier for floor in self.floors)
+
+    @property
+    def local(self) -> tuple[int, ...]:
+        """The tiers that answer `find` from memory."""
+        return tuple(at for at, tier in enumerate(self.tiers) if tier.capabilities.is_local)
+
+    @property
+    def distant(self) -> tuple[int, ...]:
+        """The tiers that must be asked over some wire."""
+        return tuple(at for at, tier in enumerate(self.tiers) if not tier.capabilities.is_local)
+
+    def find(
+        self, keys: Sequence[StoredKey], among: Sequence[int] | None = None
+    ) -> dict[StoredKey, Sighting]:
+        """Where the keys are, each in the nearest tier of `among` (all of them); changes nothing.
+
+        A tier that has it complete comes before a nearer one that is still writing it.
+        """
+        found: dict[StoredKey, Sighting] = {}
+        missing = list(keys)
+        for at in range(len(self.floors)) if among is None else among:
+            if not missing:
+                break
+            presences = self.floors[at].tier.find(missing)
+            for key, presence in zip(missing, presences, strict=True):
+                if presence is Presence.PRESENT or (
+                    presence is Presence.IN_FLIGHT and key not in found
+                ):
+                    found[key] = Sighting(at, presence)
+            missing = [
+                key
+                for key, presence in zip(missing, presences, strict=True)
+                if presence is not Presence.PRESENT
+            ]
+        return found
+
+    def wants(self, key: StoredKey, occasion: Occasion) -> bool:
+        """Whether some tier, asked in memory only, would be written to by `put`."""
+        return any(
+            occasion in floor.write_on
+            and not (
+                floor.tier.capabilities.is_local
+                and floor.tier.find([key])[0] is not Presence.ABSENT
+            )
+            for floor in self.floors
+        )
+
+    def put(
+        self, key: StoredKey, parts: Parts, num_bytes: int, occasion: Occasion
+    ) -> dict[int, PutOutcome]:
+        """Write an object to every tier that takes it on this occasion; what became of it in each.
+
+        What is evicted goes one floor down only: to the nearest tier that takes it, unless one has it.
+        """
+        if occasion is Occasion.EVICTED:
+            return self._put_below(0, key, parts, num_bytes)
+        return {
+            at: floor.tier.put(key, parts(), num_bytes)
+            for at, floor in enumerate(self.floors)
+            if occasion in floor.write_on
+        }
+
+    def delete(self, keys: Sequence[StoredKey]) -> dict[int, int]:
+        """Forget objects everywhere; how many there were in each tier."""
+        return {at: floor.tier.delete(keys) for at, floor in enumerate(self.floors)}
+
+    def touch(self, keys: Sequence[StoredKey]) -> None:
+        """Count a use, elsewhere, of what local tiers have; keys lie in chain order."""
+        for at in self.local:
+            self.floors[at].tier.touch(keys)
+
+    def close(self) -> None:
+        """Close all tiers, the nearest first."""
+        for tier in self.tiers:
+            tier.close()
+
+    def _put_below(
+        self, first: int, key: StoredKey, parts: Parts, num_bytes: int
+    ) -> dict[int, PutOutcome]:
+        below = range(first, len(self.floors))
+        if any(
+            sighting.presence is Presence.PRESENT for sighting in self._local_copies(key, below)
+        ):
+            return {}
+        outcomes: dict[int, PutOutcome] = {}
+        for at in below:
+            floor = self.floors[at]
+            if Occasion.EVICTED in floor.write_on:
+                outcomes[at] = floor.tier.put(key, parts(), num_bytes)
+                if outcomes[at] in (PutOutcome.STORED, PutOutcome.PRESENT):
+                    break
+        return outcomes
+
+    def _local_copies(self, key: StoredKey, among: Sequence[int]) -> list[Sighting]:
+        local = [at for at in among if at in self.local]
+        return list(self.find([key], local).values())
+
+    def _spill_from(self, at: int) -> Callable[[StoredKey, Sequence[memoryview]], None]:
+        def spill(key: StoredKey, parts: Sequence[memoryview]) -> None:
+            self._put_below(at + 1, key, lambda: parts, sum(part.nbytes for part in parts))
+
+        return spill

@@ -1,0 +1,46 @@
+"""A disk passes the suite of tiers."""
+
+from pathlib import Path
+
+import pytest
+
+from kvkeep.testing.tier_contents import content_of, key_of, read_object, store_object
+from kvkeep.testing.tier_suite import TierSuite
+from kvkeep.tiers.base import PutOutcome, Tier
+from kvkeep.tiers.disk import DiskTier
+
+
+class TestDisk(TierSuite):
+    """As it is by default."""
+
+    def open_tier(self, folder: Path, capacity_bytes: int) -> Tier:
+        """The tier in that folder."""
+        return DiskTier(folder / "cache", capacity_bytes)
+
+
+class TestDurableDisk(TierSuite):
+    """With a wait for the disk after every put."""
+
+    def open_tier(self, folder: Path, capacity_bytes: int) -> Tier:
+        """The tier in that folder."""
+        return DiskTier(folder / "cache", capacity_bytes, durable=True)
+
+
+@pytest.mark.parametrize("new_bytes", [1, 7_000, 20_000, 28_000, 28_672, 50_000])
+def test_a_new_object_is_written_over_an_evicted_one(tmp_path: Path, new_bytes: int) -> None:
+    """Whatever the two lengths: of the old object and its labels nothing is left, nor is a file."""
+    with DiskTier(tmp_path / "cache", 2 * 28_672) as tier:
+        store_object(tier, key_of(0), 28_000)
+        tier.relabel(key_of(0), b"label" * 100)
+        store_object(tier, key_of(1), 28_000)
+        old = {path.stat().st_ino for path in tier.folder.glob("objects/*/*")}
+
+        assert store_object(tier, key_of(5), new_bytes) is PutOutcome.STORED
+
+        files = {path.name: path.stat() for path in tier.folder.glob("objects/*/*")}
+        assert files[key_of(5).hex()].st_ino in old
+        assert read_object(tier, key_of(5), new_bytes) == content_of(key_of(5), new_bytes)
+        assert tier.labels(key_of(5)) == b""
+        assert tier.verify().is_clean
+        assert tier.used_bytes == sum(-(-file.st_size // 4096) * 4096 for file in files.values())
+        assert [path.name for path in tier.folder.glob("partial/*/*")] == ["alive"]
