@@ -110,7 +110,7 @@ main = Script(
         context=512,
         steps=20,
         moved_bytes=10**9,
-        rounds=3,
+        rounds=5,
         at_most=5.0,
     ),
     quick=Settings(

@@ -29,6 +29,7 @@ class Settings:
     layers: int
     lengths: tuple[int, ...]
     mb_per_s: tuple[int, ...]
+    warmups: int
     rounds: int
     at_most: float | None
 
@@ -78,6 +79,8 @@ def _cell(
     chooser = below.chooser
     prompt = random_prompt(SHAPES[name], length, (run.seed, name, speed, length))
     seconds: dict[str, list[float]] = {"load": [], "compute": [], "decided": []}
+    for _ in range(settings.warmups):
+        _first_token(llm, prompt, "decided", below, chooser)
     for number in range(settings.rounds + 1):
         for way in ("compute", "load", "decided"):
             took = _first_token(llm, prompt, way, below, chooser)
@@ -128,11 +131,18 @@ main = Script(
         layers=4,
         lengths=(256, 1024, 2048),
         mb_per_s=(20, 100, 500, 2000),
+        warmups=4,
         rounds=3,
         at_most=1.10,
     ),
     quick=Settings(
-        shapes=("micro",), layers=2, lengths=(64, 192), mb_per_s=(1, 100), rounds=2, at_most=None
+        shapes=("micro",),
+        layers=2,
+        lengths=(64, 192),
+        mb_per_s=(1, 100),
+        warmups=1,
+        rounds=2,
+        at_most=None,
     ),
     measure=measure,
 )

@@ -1,5 +1,6 @@
 """A disk passes the suite of tiers."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,21 @@ def test_a_new_object_is_written_over_an_evicted_one(tmp_path: Path, new_bytes: 
         assert tier.verify().is_clean
         assert tier.used_bytes == sum(-(-file.st_size // 4096) * 4096 for file in files.values())
         assert [path.name for path in tier.folder.glob("partial/*/*")] == ["alive"]
+
+
+def test_any_number_of_objects_can_go_at_once(tmp_path: Path) -> None:
+    """Few files are open at a time, however many are deleted, or evicted for one large object."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with DiskTier(tmp_path / "cache", 500 * 4096) as tier:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
+        try:
+            for number in range(500):
+                assert store_object(tier, key_of(number), 100) is PutOutcome.STORED
+            assert store_object(tier, key_of(1000), 250 * 4096) is PutOutcome.STORED
+            assert tier.stats().num_evictions == 251
+            assert tier.delete([key_of(number) for number in range(500)]) == 249
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+        assert tier.used_bytes == tier._shelf.ledger.total_bytes == 251 * 4096
+        assert [path.name for path in tier.folder.glob("objects/*/*")] == [key_of(1000).hex()]

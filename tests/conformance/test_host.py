@@ -14,6 +14,7 @@ from kvkeep.testing.tier_contents import content_of, key_of, read_object, store_
 from kvkeep.testing.tier_suite import TierSuite
 from kvkeep.tiers.base import Miss, PutOutcome, Tier
 from kvkeep.tiers.host import HostTier
+from kvkeep.tiers.host_pages import PageRuns, Run
 
 PAGE = 4096
 
@@ -142,23 +143,52 @@ def test_many_sizes_do_not_fall_to_pieces() -> None:
     assert sum(num_runs) / len(num_runs) < 8
 
 
-def test_other_threads_run_while_bytes_are_copied() -> None:
+def test_free_pages_are_joined_again() -> None:
+    """Whatever was taken and given back in whatever order: no page is given out twice, and none is lost."""
+    chooser, runs = Random(5), PageRuns(200)
+    taken: list[tuple[Run, ...]] = []
+    for _ in range(3000):
+        if chooser.random() < 0.5 and runs.num_free:
+            num_pages = chooser.randint(1, min(60, runs.num_free))
+            taken.append(runs.take(num_pages))
+            assert sum(run.num_pages for run in taken[-1]) == num_pages
+        elif taken:
+            runs.give_back(taken.pop(chooser.randrange(len(taken))))
+        pages = [page for place in taken for run in place for page in _pages(run)]
+        assert len(set(pages)) == len(pages) == 200 - runs.num_free
+        # As many runs as there are stretches of free pages.
+        free = sorted(set(range(200)) - set(pages))
+        assert len(runs) == sum(page - 1 not in free for page in free)
+
+
+def _pages(run: Run) -> range:
+    return range(run.first, run.first + run.num_pages)
+
+
+@pytest.mark.parametrize("is_put", [True, False], ids=["put", "get"])
+def test_other_threads_run_while_bytes_are_copied(is_put: bool) -> None:
     """A copy does not hold the lock of the interpreter: beside it, another thread sees half of it."""
     size = 128 << 20
-    memory, source = bytearray(size), b"\1" * size
+    memory, buffer, source = bytearray(size), bytearray(size), b"\1" * size
+    target = memory if is_put else buffer
     is_over, half_seen = Event(), Event()
 
     def watch() -> None:
         while not is_over.is_set() and not half_seen.is_set():
-            if memory[0] and not memory[-1]:
+            if target[0] and not target[-1]:
                 half_seen.set()
 
     with (
         HostTier(size, allocate=lambda _: memoryview(memory)) as tier,
         ThreadPoolExecutor(1) as pool,
     ):
+        if not is_put:
+            tier.put(key_of(1), [memoryview(source)], size)
         watching = pool.submit(watch)
-        tier.put(key_of(1), [memoryview(source)], size)
+        if is_put:
+            tier.put(key_of(1), [memoryview(source)], size)
+        else:
+            tier.get(key_of(1), [memoryview(buffer)])
         is_over.set()
         watching.result()
 

@@ -81,7 +81,7 @@ def assert_put_aside(tier: DiskTier, number: int) -> None:
 
 
 _REGIONS = {
-    "magic": (0, 8), "length": (8, 16), "header checksum": (16, 24), "map": (24, 380),
+    "magic": (0, 8), "lengths": (8, 16), "header checksum": (16, 24), "map": (24, 380),
     "padding": (1500, HEADER_PAGE), "payload": (HEADER_PAGE, OBJECT_BYTES),
 }  # fmt: skip
 
@@ -263,7 +263,7 @@ def _other_tables(path: Path) -> None:
 
 def _rows_changed(path: Path) -> None:
     connection = sqlite3.connect(path)
-    connection.execute("UPDATE objects SET labels = x'66' WHERE num_bytes % 2 = 0")
+    connection.execute("UPDATE objects SET labels = cast(upper(cast(labels AS TEXT)) AS BLOB)")
     connection.execute("UPDATE objects SET num_bytes = -5 WHERE num_bytes % 3 = 0")
     connection.execute("UPDATE objects SET key = 'text' WHERE num_bytes = 3001")
     connection.commit()
@@ -334,6 +334,7 @@ def test_files_that_are_no_objects_are_left_alone(tmp_path: Path) -> None:
     """What somebody else left among them is counted, and not touched."""
     with DiskTier(tmp_path / "cache", 1 << 24) as tier:
         store_object(tier, key_of(1), 5000)
+        (tier.folder / "objects" / "00").mkdir()
         (tier.folder / "objects" / "00" / "notes.txt").write_text("mine")
         misplaced = tier.folder / "objects" / "00" / ("ff" * 33)
         misplaced.write_bytes(bytes(100))
@@ -372,7 +373,7 @@ def _flip(path: Path, offset: int, bit: int) -> None:
 def test_headers_are_encoded_as_the_test_thinks() -> None:
     """The regions that are flipped above are where the stored form has them."""
     page = encode_header(header_of(1), BLOCK_SIZE)
-    length = int.from_bytes(page[8:16], "little")
+    length = int.from_bytes(page[8:12], "little")
 
     assert len(page) == HEADER_PAGE
     assert 380 < 24 + length < 1500

@@ -198,6 +198,7 @@ def test_a_clock_that_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with DiskTier(tmp_path / "cache", 1 << 30) as tier:
         store_object(tier, key_of(1), NUM_BYTES)
         tier.relabel(key_of(1), b"a")
+        tier._shelf.sync()
         with monkeypatch.context() as patch:
             patch.setattr("kvkeep.tiers.disk_files.time_ns", lambda: 1_000_000_000)
             patch.setattr("kvkeep.tiers.disk_journal.time_ns", lambda: 1_000_000_000)

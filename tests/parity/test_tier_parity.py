@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvkeep.config import CacheOptions, SamplingParams
-from kvkeep.engine import Output
+from kvkeep.engine import Output, Piece
 from kvkeep.llm import LLM
 from kvkeep.spec import BlockKey
 from kvkeep.testing.oracle import OracleRun, greedy
@@ -118,6 +118,42 @@ def perforate(tiers: Sequence[Tier], seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_blocks_that_vanish_while_requests_run_are_computed(name: str, tmp_path: Path) -> None:
+    """Between any two steps blocks go from the device or from tiers, also those that are being loaded."""
+    prompts = random_prompts(5)
+    model = build_tiny(name)
+    truths = [greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
+    rng = random.Random(name)
+    with tiered(name, tmp_path, max_batch_tokens=24) as llm:
+        llm.generate(prompts, GREEDY)
+        for _ in range(4):
+            forget_device(llm)
+            ids = [llm.engine.add(prompt, GREEDY, CacheOptions()) for prompt in prompts]
+            pieces: list[Piece] = []
+            while llm.engine.has_work:
+                perforate_some(llm, prompts, rng)
+                pieces += llm.engine.step()
+            outputs = [
+                [token for piece in pieces if piece.request_id == one for token in piece.token_ids]
+                for one in ids
+            ]
+            for output, truth in zip(outputs, truths, strict=True):
+                assert tuple(output) == truth.token_ids or min(truth.margins) < NEAR_TIE
+            assert llm.cache.verify().ok
+
+
+def perforate_some(llm: LLM, prompts: Sequence[Sequence[int]], rng: random.Random) -> None:
+    """One block of some prompt goes everywhere, and one object from some tier."""
+    prompt = rng.choice(prompts)
+    if rng.random() < 0.3:
+        llm.cache.drop(prompt, [rng.randrange(len(prompt) // BLOCK_SIZE)])
+    tier = rng.choice(tiers_of(llm))
+    keys = sorted(one.key for one in tier.objects())
+    if keys and rng.random() < 0.5:
+        tier.delete([rng.choice(keys)])
+
+
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("where", ["header", "payload", "short"])
 def test_rotten_objects_are_computed_instead(name: str, where: str, tmp_path: Path) -> None:
     """Wrong bits and missing ends cost their blocks; what lies behind is kept, and the receipt says so."""
@@ -165,7 +201,7 @@ def primed(tmp_path: Path) -> tuple[Path, list[list[int]]]:
 
 @pytest.mark.parametrize(
     "change",
-    ["weights", "dtype", "rope", "salt", "format", "block size", "none"],
+    ["weights", "dtype", "adapter", "rope", "salt", "format", "block size", "none"],
 )
 def test_what_differs_in_anything_never_meets(
     primed: tuple[Path, list[list[int]]], change: str
@@ -177,6 +213,9 @@ def test_what_differs_in_anything_never_meets(
         model.get_input_embeddings().weight[0, 0] += 0.5  # type: ignore[operator, index]
     elif change == "dtype":
         model = build_tiny("llama", dtype=torch.bfloat16)
+    elif change == "adapter":
+        attention = model.get_submodule("model.layers.0.self_attn")
+        attention.register_parameter("lora_A", torch.nn.Parameter(torch.zeros(2, 2)))
     elif change == "rope":
         model = build_tiny(
             "llama", changes={"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}

@@ -1,10 +1,11 @@
-from threading import Event
+import random
+from threading import Event, Thread
 from time import monotonic
 
 import pytest
 
 from kvkeep.tiers.base import MissCause
-from kvkeep.tiers.deadlines import BoundedCalls, CallError, Deadline
+from kvkeep.tiers.deadlines import BoundedCalls, CallError, Deadline, Turns
 
 
 class Clock:
@@ -49,6 +50,56 @@ def test_time_that_the_caller_spent_is_given_back() -> None:
     deadline.prolong(2.5)
 
     assert deadline.left_s() == 0.5
+
+
+def test_who_waits_comes_before_who_comes_back() -> None:
+    """A turn that is given back is the waiting one's at once, in the order in which they came."""
+    turns, order, may_go = Turns(1), list[str](), Event()
+    assert turns.take(30)
+
+    def wait(name: str) -> None:
+        assert turns.take(30)
+        order.append(name)
+        assert may_go.wait(30)
+        turns.give_back()
+
+    threads = []
+    for at, name in enumerate(("first", "second")):
+        threads.append(Thread(target=wait, args=(name,)))
+        threads[-1].start()
+        while len(turns._waiting) <= at:
+            pass
+    turns.give_back()
+
+    assert not turns.take(0.01)
+    may_go.set()
+    assert turns.take(30)
+    for thread in threads:
+        thread.join()
+    assert order == ["first", "second"]
+
+
+def test_no_more_calls_run_than_there_are_turns() -> None:
+    """Eight threads with three turns, some of which give up waiting: nothing is lost or made."""
+    turns, running, most = Turns(3), list[int](), list[int]()
+
+    def work(seed: int) -> None:
+        chooser = random.Random(seed)
+        for _ in range(400):
+            if turns.take(chooser.choice([0.0, 0.0001, 30.0])):
+                running.append(seed)
+                most.append(len(running))
+                running.remove(seed)
+                turns.give_back()
+
+    threads = [Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert max(most) <= 3
+    assert [turns.take(0.0) for _ in range(4)] == [True, True, True, False]
 
 
 def test_a_call_that_is_given_up_keeps_its_thread_until_it_ends() -> None:

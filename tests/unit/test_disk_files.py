@@ -31,9 +31,14 @@ def files(tmp_path: Path) -> ObjectFiles:
     return files
 
 
+def temporary(files: ObjectFiles) -> str:
+    """Where a file is before it has its name."""
+    return str(Path(files.path(KEY)).parents[2] / "new")
+
+
 def write(files: ObjectFiles, key: StoredKey, num_bytes: int, labels: bytes = b"") -> int:
     """Make the object's file; its stamp."""
-    path = files.path(key) + ".new"
+    path = temporary(files)
     stamp = files.write(path, [memoryview(content_of(key, num_bytes))], num_bytes)
     assert stamp is not None
     files.rename(path, key)
@@ -133,8 +138,8 @@ def test_a_source_may_use_its_memory_again(files: ObjectFiles) -> None:
             memory[:] = bytes([number]) * 1000
             yield memoryview(memory)
 
-    assert files.write(files.path(KEY), parts(), 5000) is not None
-    content = Path(files.path(KEY)).read_bytes()
+    assert files.write(temporary(files), parts(), 5000) is not None
+    content = Path(temporary(files)).read_bytes()
     assert content[:5000] == b"".join(bytes([number]) * 1000 for number in range(5))
 
 
@@ -157,10 +162,10 @@ def test_a_file_is_copied_where_the_system_cannot(
     assert files.read(KEY, [memoryview(buffer)], 3_000_000)
     assert bytes(buffer) == content_of(KEY, 3_000_000)
     os.truncate(files.path(KEY), 2_000_000)
-    assert files.copy(KEY, files.path(KEY) + ".new", 3_000_000, b"") is None
+    assert files.copy(KEY, temporary(files), 3_000_000, b"") is None
     number = errno.EIO
     with pytest.raises(OSError, match="no such call"):
-        files.copy(KEY, files.path(KEY) + ".newer", 3_000_000, b"")
+        files.copy(KEY, temporary(files), 3_000_000, b"")
 
 
 def test_stamps_are_all_different(files: ObjectFiles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,4 +222,4 @@ def test_a_durable_file_is_on_the_disk_before_it_has_its_name(
         files.settle(KEY)
 
     path = files.path(KEY)
-    assert synced == [path + ".new", str(Path(path).parent)]
+    assert synced == [temporary(files), str(Path(path).parent)]

@@ -111,6 +111,7 @@ def test_a_journal_keeps_what_cannot_be_written(
     monkeypatch.setattr("kvkeep.tiers.disk_journal._RETRY_S", 0.0)
     journal = Journal(str(tmp_path), list)
     assert journal.open() == []
+    journal.note(row_of(5))
     with closing(sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
         for _ in range(3):
@@ -126,12 +127,61 @@ def test_a_journal_keeps_what_cannot_be_written(
     journal.close()
 
     with closing(DiskIndex(tmp_path / "index.sqlite")) as index:
-        assert index.rows() == [row_of(2, b"newer")]
+        assert index.rows() == [row_of(2, b"newer"), row_of(5)]
     messages = [record.getMessage() for record in caplog.records]
     assert [("locked" in message, "works again" in message) for message in messages] == [
         (True, False),
         (False, True),
     ]
+
+
+def test_what_is_noted_while_a_batch_fails_is_newer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that comes back goes under what was noted since."""
+    monkeypatch.setattr("kvkeep.tiers.disk_journal._RETRY_S", 0.0)
+    journal = Journal(str(tmp_path), list)
+    journal.open()
+    journal.note(row_of(1))
+    journal.note(row_of(2))
+
+    def fail(index: DiskIndex, batch: Batch, *, keep_gone: bool) -> Changes:
+        journal.note(row_of(2, b"newer"))
+        journal.note_gone(key_of(1))
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskIndex, "write", fail)
+        journal.sync(keep_gone=False)
+    journal.sync(keep_gone=False)
+    journal.close()
+
+    with closing(DiskIndex(tmp_path / "index.sqlite")) as index:
+        assert index.rows() == [row_of(2, b"newer")]
+
+
+def test_a_journal_without_index_does_not_grow_without_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too much to remember is let go, and the index made anew from all there is."""
+    monkeypatch.setattr("kvkeep.tiers.disk_journal._RETRY_S", 0.0)
+    monkeypatch.setattr("kvkeep.tiers.disk_journal._MOST_NOTED", 50)
+    journal = Journal(str(tmp_path), lambda: [row_of(1), row_of(60)])
+    journal.open()
+    journal.note(row_of(200))
+    journal.sync(keep_gone=False)
+    for number in range(60):
+        journal.note(row_of(number))
+        journal.note_gone(key_of(number + 100))
+        assert len(journal._rows) <= 51
+
+    journal.sync(keep_gone=False)
+    journal.close()
+
+    with closing(DiskIndex(tmp_path / "index.sqlite")) as index:
+        keys = {row.key for row in index.rows()}
+    assert keys >= {key_of(1), key_of(60)}
+    assert key_of(200) not in keys
 
 
 def test_a_journal_of_a_lost_index_writes_all_there_is(tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def test_what_does_not_land_is_in_flight_still(crew: Crew) -> None:
     assert ledger.total_bytes == 50
     ledger.give_up(50)
     assert ledger.total_bytes == 0
+    crew.die(ledger)
+    assert crew.enter(alone=True).total_bytes == 0
 
 
 def test_of_the_dead_only_what_landed_counts(crew: Crew, tmp_path: Path) -> None:

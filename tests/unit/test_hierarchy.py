@@ -22,7 +22,7 @@ PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
 
 def host(num_objects: int = 100, name: str = "host") -> HostTier:
     """Memory for so many objects."""
-    return HostTier(num_objects * 2**16, name=name)
+    return HostTier(num_objects * 2**13, name=name)
 
 
 def over(*tiers: Tier, room: int = 16, write_on: frozenset[Occasion] = ALL) -> CheckedCache:
@@ -250,6 +250,50 @@ def test_idle_blocks_leave_the_device_and_used_ones_stay(opened: list[CheckedCac
     assert sealed == [held.tables[0].blocks[0]]
     assert checked.gaps_of(PROMPT) == [(12, 13)]
     held.release()
+
+
+def test_a_hanging_disk_below_memory_holds_nothing_up(opened: list[CheckedCache]) -> None:
+    """Requests come and go while nothing can be written to the lower tier; what fell lands when it can."""
+    slow = FaultyTier(host(name="slow"), [Fault("hang", "put", calls=range(1000))])
+    checked = over(host(2), slow, room=4)
+    opened.append(checked)
+    for number in range(20):
+        serve(checked, [number] * 12)
+        checked.cache.poll()
+    assert checked.below is not None
+    assert checked.below.stack.num_spilling > 0
+
+    slow.release()
+    checked.settle()
+
+    assert len(list(slow.objects())) > 10
+    assert checked.below.stack.num_spilling == 0
+
+
+def serve(checked: CheckedCache, tokens: Sequence[int]) -> None:
+    """A request that waits for nothing that is on its way down."""
+    lease = checked.cache.reserve(checked.chain(tokens))
+    assert lease is not None
+    assert checked.finish(lease)
+    lease.release()
+
+
+def test_what_is_dropped_while_it_falls_does_not_land(opened: list[CheckedCache]) -> None:
+    """Memory has evicted it, the tier below hangs, and then nobody wants it any more."""
+    slow = FaultyTier(host(name="slow"), [Fault("hang", "put", calls=range(1000))])
+    checked = over(host(3), slow, room=4, write_on=frozenset({Occasion.EVICTED}))
+    opened.append(checked)
+    prompts = [[number] * 12 for number in range(4)]
+    for prompt in prompts:
+        serve(checked, prompt)
+    for prompt in prompts:
+        chain = checked.chain(prompt)
+        checked.cache.drop(chain, range(len(chain.keys)))
+
+    slow.release()
+    checked.settle()
+
+    assert list(slow.objects()) == []
 
 
 def test_without_a_tier_that_takes_it_nothing_leaves(opened: list[CheckedCache]) -> None:

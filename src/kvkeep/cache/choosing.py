@@ -29,6 +29,10 @@ __all__ = ["Chooser"]
 # What a step of others' costs them while this one is computed: of a second, a second for each of them is too
 # much, since they are computed in the same step.
 _WEIGHT_OF_OTHERS = 0.5
+_PROBED_BLOCKS = 2
+# By so much a split must be better than loading or computing everything: predictions are off by a tenth, and
+# a plan of two parts waits for the slower one.
+_HYSTERESIS = 0.15
 # Where nothing has been measured yet: about what memory and files of a small machine do.
 _COMPUTE_GUESS = ComputeCost(fixed_s=1e-3, linear_s=1e-3, quadratic_s=1e-8)
 _LOAD_GUESS = LoadCost(latency_s=1e-3, bytes_per_s=1e9)
@@ -98,17 +102,21 @@ class Chooser:
             loads,
             step_tokens=self._step_tokens,
             others_weight=_WEIGHT_OF_OTHERS if num_others else 0.0,
+            hysteresis=_HYSTERESIS,
         )
-        computed = [
-            block.span.start // self._spec.block_size
+        size = self._spec.block_size
+        stored = [block for block in blocks if block.tiers]
+        computed = {
+            block.span.start // size
             for block, source in zip(blocks, split.sources, strict=True)
             if block.tiers and source is None
-        ]
+        }
         if split.kind is SplitKind.SPLIT and not self._can_split:
             # What windows and states need of one another is not in the costs: all or nothing.
-            computed = computed if split.all_compute_s < split.all_load_s else []
-            if computed:
-                computed = [block.span.start // self._spec.block_size for block in blocks]
+            is_computed = split.all_compute_s < split.all_load_s
+            computed = {block.span.start // size for block in stored} if is_computed else set()
+        elif self._can_split and len(computed) == len(stored):
+            computed -= self._probe(stored, loads, split.compute_s)
         self._record.decide(split)
         return Decision(split, self._clock(), frozenset(computed))
 
@@ -123,6 +131,16 @@ class Chooser:
     def finish(self, decision: Decision) -> None:
         """All blocks of the plan are there."""
         self._record.finish(decision.split, self._clock() - decision.began_s)
+
+    def _probe(
+        self, stored: Sequence[MissingBlock], loads: Mapping[str, TierLoad], compute_s: float
+    ) -> set[int]:
+        """The last few blocks, if they come while the rest is computed: so a tier that got faster shows."""
+        last = stored[-_PROBED_BLOCKS:]
+        load_s = sum(loads[block.tiers[0]].seconds(block.num_bytes) for block in last)
+        if load_s > compute_s * (1 - len(last) / max(1, len(stored))):
+            return set()
+        return {block.span.start // self._spec.block_size for block in last}
 
     @property
     def _can_split(self) -> bool:

@@ -34,7 +34,7 @@ _NUM_THREADS = 2
 # Copies of evicted blocks that wait for a slow tier, at the most; what is beyond is forgotten, and counted.
 _MOST_STAGED = 16
 # While requests run, blocks go down no faster: of what memory can move, some per cent.
-_BUSY_BYTES_PER_S = 256e6
+_BUSY_BYTES_PER_S = 80e6
 # Keys of which it is known that a tier behind a wire has them.
 _MOST_REMEMBERED = 2**17
 _IS_KEPT = (PutOutcome.STORED, PutOutcome.PRESENT)
@@ -156,7 +156,8 @@ class Copies:
             if (copy is not None and not copy.is_abandoned) or self.has_copy(key):
                 continue
             if self._evicts_to_memory:
-                self._put(key, group, entry, self._payloads.view(group, block), Occasion.EVICTED)
+                payload = self._payloads.view(group, block)
+                self._put(key, group, entry, payload, Occasion.EVICTED)
             elif not self._stage(key, group, block, entry):
                 self.counts.num_dropped += 1
 
@@ -187,7 +188,8 @@ class Copies:
         copy = _Copy(key, group, block, entry, Occasion.EVICTED)
         if self._staged.num_waiting >= _MOST_STAGED or key in self._copies:
             return False
-        payload = _copy_of(self._payloads.view(group, block))
+        view = self._payloads.view(group, block)
+        payload = np.frombuffer(view, np.uint8).copy().data
         copy.is_begun = True
         copy.taken.set()
         self._copies[key] = copy
@@ -201,9 +203,9 @@ class Copies:
         if copy.is_abandoned:
             self._results.add(partial(self._finish, copy, {}, _nothing))
             return
-        payload = memoryview(b"")
         try:
-            payload = self._staging.take(self._payloads.view(copy.group, copy.block))
+            view = self._payloads.view(copy.group, copy.block)
+            payload = self._staging.take(view)
         finally:
             copy.taken.set()
         self._write(copy, payload, then)
@@ -221,24 +223,13 @@ class Copies:
             self._results.add(partial(self._finish, copy, outcomes, then))
 
     def _put(
-        self,
-        key: StoredKey,
-        group: int,
-        entry: Entry,
-        payload: memoryview,
-        occasion: Occasion,
+        self, key: StoredKey, group: int, entry: Entry, payload: memoryview, occasion: Occasion
     ) -> dict[int, PutOutcome]:
-        header = wanted_header(
-            self._spec,
-            group,
-            entry,
-            payload.nbytes,
-            self._payloads.layout_name(group),
-            checksum([payload]),
-        )
-        size = self._spec.block_size
+        size, num_bytes = self._spec.block_size, payload.nbytes
+        layout = self._payloads.layout_name(group)
+        header = wanted_header(self._spec, group, entry, num_bytes, layout, checksum([payload]))
         parts = stored_parts(header, size, payload)
-        return self._stack.put(key, parts, header_bytes(size) + payload.nbytes, occasion)
+        return self._stack.put(key, parts, header_bytes(size) + num_bytes, occasion)
 
     def _finish(
         self, copy: _Copy, outcomes: dict[int, PutOutcome], then: Callable[[], None]
@@ -285,10 +276,6 @@ def _evicts_to_memory(stack: TierStack) -> bool:
     """Whether what is evicted goes to a tier that takes it as fast as memory does."""
     takers = [floor.tier for floor in stack.floors if Occasion.EVICTED in floor.write_on]
     return bool(takers) and _is_memory(takers[0])
-
-
-def _copy_of(payload: memoryview) -> memoryview:
-    return np.frombuffer(payload, np.uint8).copy().data
 
 
 def _nothing() -> None:

@@ -26,7 +26,7 @@ from kvkeep.planning import PlannerStats, StoredBlock
 from kvkeep.spec import BlockId, BlockKey, KVSpec, StoredKey
 from kvkeep.tiers.audit import AuditReport, audit
 from kvkeep.tiers.base import Occasion, Presence
-from kvkeep.tiers.lanes import Results
+from kvkeep.tiers.lanes import Lane, Results
 from kvkeep.tiers.stack import TierStack
 from kvkeep.tiers.stored_form import header_bytes
 
@@ -37,6 +37,8 @@ _log = getLogger(__name__)
 # Blocks whose fate is decided in one poll, at the most, so that a step is never held up.
 _MOST_AT_ONCE = 64
 _LONG_AGO = float("-inf")
+# Blocks that wait to fall from memory to a slower tier; what is beyond is forgotten, and counted.
+_MOST_SPILLS = 64
 # What is not written within this long when the cache is closed is given up.
 _FLUSH_S = 60.0
 
@@ -76,6 +78,9 @@ class Hierarchy:
         self._clock = clock
         self._results = Results()
         self.copies = Copies(spec, payloads, stack, self._results)
+        # What memory evicts falls to slower tiers beside everything else: a step never waits for these.
+        self._spills = Lane("spill", num_threads=1, max_jobs=_MOST_SPILLS)
+        stack.defer = self._begin_spill
         self.lookups = Lookups(stack, self._results, clock)
         self._finished: deque[_Finished] = deque()
         # When each block was let go of last, the longest ago first.
@@ -143,8 +148,8 @@ class Hierarchy:
 
     @property
     def num_moves(self) -> int:
-        """Loads and copies under way."""
-        return self.loads.num_under_way + self.copies.num_under_way
+        """Loads and copies under way, and what falls from tier to tier."""
+        return self.loads.num_under_way + self.copies.num_under_way + self.stack.num_spilling
 
     def stats(self) -> tuple[TierReport, ...]:
         """What every tier holds, and what came and went."""
@@ -265,6 +270,7 @@ class Hierarchy:
     def clear(self) -> dict[str, int]:
         """Forget all objects of all tiers; how many there were in each, by its name."""
         self.settle()
+        self.stack.cancel_spills()
         counts: dict[str, int] = {}
         for tier in self.stack.tiers:
             keys = [one.key for one in tier.objects()]
@@ -291,9 +297,19 @@ class Hierarchy:
         self.lookups.close()
         self.loads.close()
         self.copies.close()
+        self._spills.close(timeout_s=_FLUSH_S)
         self.stack.close()
 
     # --- parts -----------------------------------------------------------------------------------
+
+    def _begin_spill(self, job: Callable[[], None]) -> bool:
+        def work() -> None:
+            try:
+                job()
+            finally:
+                self._results.add(_nothing)
+
+        return self._spills.submit(work)
 
     def _insist(self, begin: Callable[[], bool]) -> None:
         while not begin():

@@ -63,6 +63,7 @@ class _Flight:
     header: StoredHeader
     asked_s: float
     queued_bytes: int
+    arrived_s: float = 0.0
     is_late: bool = False
 
 
@@ -205,6 +206,8 @@ class Loads:
                 result = read_block(tier, key, flight.header, self._spec.block_size, payload)
             except Exception as error:  # noqa: BLE001 - a tier of somebody else's may raise anything
                 result = Miss(MissCause.UNAVAILABLE, f"{type(error).__name__}: {error}")
+        # Now, and not when the owner comes to know it, which may be a long step later.
+        flight.arrived_s = self._clock()
         self._results.add(partial(self._finish, key, flight, payload, result))
 
     def _finish(
@@ -237,7 +240,7 @@ class Loads:
 
     def _count(self, key: StoredKey, flight: _Flight) -> None:
         num_bytes = flight.header.payload_bytes + header_bytes(self._spec.block_size)
-        seconds = self._clock() - flight.asked_s
+        seconds = flight.arrived_s - flight.asked_s
         counts = self.counts[flight.at]
         counts.num_blocks += 1
         counts.num_bytes += num_bytes

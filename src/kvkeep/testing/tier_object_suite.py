@@ -158,16 +158,17 @@ class TierObjectSuite(TierChecks):
         assert store_object(tier, key, 5000) is PutOutcome.STORED
         self.assert_holds(tier, key, 5000)
 
-    def test_parts_that_raise_leave_nothing(self, tier: Tier) -> None:
-        """What the parts raise reaches the caller; of the object nothing stays."""
+    @pytest.mark.parametrize("kind", [LookupError, OSError])
+    def test_parts_that_raise_leave_nothing(self, tier: Tier, kind: type[Exception]) -> None:
+        """What the parts raise reaches the caller, and is no fault of the medium; nothing stays."""
         self.needs_bytes()
         key = key_of(1)
 
         def failing() -> Iterator[memoryview]:
             yield memoryview(bytes(2500))
-            raise LookupError("the source failed")
+            raise kind("the source failed")
 
-        with pytest.raises(LookupError, match="the source failed"):
+        with pytest.raises(kind, match="the source failed"):
             tier.put(key, failing(), 5000)
 
         self.assert_lacks(tier, key, 5000)

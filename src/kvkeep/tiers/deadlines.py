@@ -3,16 +3,17 @@
 A fault of a medium is raised as CallError inside a tier and leaves it as a miss, an absence or a failed put.
 """
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from threading import BoundedSemaphore
+from threading import Lock
 from time import monotonic
 from typing import TypeVar
 
 from kvkeep.errors import TierError
 from kvkeep.tiers.base import MissCause
 
-__all__ = ["BoundedCalls", "CallError", "Deadline", "SettingError"]
+__all__ = ["BoundedCalls", "CallError", "Deadline", "SettingError", "Turns"]
 
 T = TypeVar("T")
 
@@ -62,6 +63,65 @@ class Deadline:
         self._at_s += seconds
 
 
+class Turns:
+    """At most so many calls at once, first come, first served.
+
+    Who ends a call and begins the next one at once would otherwise be sooner than those that wait, again and
+    again, until these are late.
+    """
+
+    __slots__ = ("_free", "_lock", "_waiting")
+
+    def __init__(self, num_turns: int) -> None:
+        self._free = deque([None] * num_turns)
+        self._waiting: deque[Lock] = deque()
+        self._lock = Lock()
+
+    def take_now(self) -> bool:
+        """Begin a call, which ends with `give_back`, unless others run or wait."""
+        if self._waiting:
+            return False
+        try:
+            self._free.pop()
+        except IndexError:
+            return False
+        return True
+
+    def take(self, timeout_s: float) -> bool:
+        """Begin a call as soon as it is one's turn; False when that does not come in time."""
+        if self.take_now():
+            return True
+        turn = Lock()
+        turn.acquire()
+        with self._lock:
+            self._waiting.append(turn)
+        # One may have been given back just before it was known that somebody waits.
+        self._hand_out()
+        if turn.acquire(timeout=timeout_s):
+            return True
+        with self._lock:
+            if turn not in self._waiting:
+                # It was handed out in this very moment.
+                return True
+            self._waiting.remove(turn)
+            return False
+
+    def give_back(self) -> None:
+        """End a call."""
+        self._free.append(None)
+        if self._waiting:
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        with self._lock:
+            while self._waiting:
+                try:
+                    self._free.pop()
+                except IndexError:
+                    return
+                self._waiting.popleft().release()
+
+
 class BoundedCalls:
     """Runs calls that cannot be interrupted on at most `num_calls` threads, which start when needed.
 
@@ -70,19 +130,19 @@ class BoundedCalls:
     """
 
     def __init__(self, num_calls: int, *, name: str) -> None:
-        self._free = BoundedSemaphore(num_calls)
+        self._turns = Turns(num_calls)
         self._threads = ThreadPoolExecutor(num_calls, thread_name_prefix=f"kvkeep-{name}")
 
     def start(self, work: Callable[[], T], deadline: Deadline) -> Future[T]:
         """Begin a call as soon as a thread is free; raises CallError (LATE) when none is in time."""
-        if not self._free.acquire(timeout=deadline.left_s()):
+        if not self._turns.take(deadline.left_s()):
             raise CallError(MissCause.LATE, f"all calls were busy for {deadline.timeout_s:g} s")
         try:
             future = self._threads.submit(work)
         except RuntimeError as error:
-            self._free.release()
+            self._turns.give_back()
             raise CallError(MissCause.UNAVAILABLE, "closed") from error
-        future.add_done_callback(lambda _: self._free.release())
+        future.add_done_callback(lambda _: self._turns.give_back())
         return future
 
     def finish(self, future: Future[T], deadline: Deadline) -> T:

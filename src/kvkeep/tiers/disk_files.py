@@ -27,7 +27,8 @@ _WRITE = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_CLOEXEC
 _COPY_BYTES = 1 << 20
 _MOST_QUARANTINED = 16
-_IOV_MAX = os.sysconf("SC_IOV_MAX")
+# -1 where the system sets no limit; 16 is what every one has.
+_IOV_MAX = max(16, os.sysconf("SC_IOV_MAX"))
 # What file systems say that do not know how to copy.
 _CANNOT_COPY = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV})
 
@@ -156,12 +157,16 @@ class ObjectFiles:
 
     def settle(self, key: StoredKey) -> None:
         """Wait until a rename survives a power cut, where that is asked for."""
-        if self.is_durable:
+        if not self.is_durable:
+            return
+        try:
             fd = os.open(Path(self.path(key)).parent, _READ | os.O_DIRECTORY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        except FileNotFoundError:
+            return  # deleted by now, and nothing else was there
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def detach(self, key: StoredKey) -> Detached | None:
         """Take an object's name away; None where there is none. The caller closes the file."""

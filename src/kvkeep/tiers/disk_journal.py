@@ -19,6 +19,7 @@ __all__ = ["Journal"]
 _LOGGER = logging.getLogger(__name__)
 _RETRY_S = 5.0
 _MOST_TRIES = 3
+_MOST_NOTED = 1 << 20
 
 
 class Journal:
@@ -37,7 +38,7 @@ class Journal:
         self._rows: dict[StoredKey, Row | None] = {}
         self._used: dict[StoredKey, int] = {}
         self._sync_lock = Lock()
-        self._is_failing = False
+        self._is_failing = self._is_lost = False
         self._retry_at = 0.0
 
     def open(self) -> list[Row]:
@@ -53,15 +54,20 @@ class Journal:
 
     def note(self, row: Row) -> None:
         """There is an object, or it has changed."""
-        with self._lock:
-            self._rows[row.key] = row
-            self._used.pop(row.key, None)
+        self._note(row.key, row)
 
     def note_gone(self, key: StoredKey) -> None:
         """An object is gone."""
+        self._note(key, None)
+
+    def _note(self, key: StoredKey, row: Row | None) -> None:
         with self._lock:
-            self._rows[key] = None
+            self._rows[key] = row
             self._used.pop(key, None)
+            if len(self._rows) > _MOST_NOTED:
+                # The index has not worked for long: it is made anew when it does.
+                self._rows.clear()
+                self._is_lost = True
 
     def note_used(self, keys: Iterable[StoredKey]) -> None:
         """Objects were used now."""
@@ -99,12 +105,15 @@ class Journal:
 
     def _is_open(self) -> bool:
         """Whether there is an index, opened anew if its file is gone or it failed a while ago."""
-        if self._index is not None and self._index.is_current():
+        if self._index is not None and self._index.is_current() and not self._is_lost:
             return True
         if monotonic() < self._retry_at:
             return False
         self._close_index()
         try:
+            if self._is_lost:
+                DiskIndex.remove(self._path)
+                self._is_lost = False
             self._index = DiskIndex(self._path)
         except (sqlite3.Error, OSError) as error:
             self._failed(error)

@@ -11,6 +11,9 @@ from kvkeep.tiers.disk_form import taken_bytes, whole_blocks
 
 __all__ = ["Removed", "counted_bytes"]
 
+# A process may have a thousand files open, as a rule, and others need some of them.
+_MOST_OPEN = 64
+
 
 def counted_bytes(item: Evicted) -> int:
     """What the ledger counts for the file of an evicted object."""
@@ -27,6 +30,8 @@ class Removed:
 
     def add(self, file: Detached, num_bytes: int) -> None:
         """A file for which the ledger counts so many bytes."""
+        if len(self._fds) >= _MOST_OPEN:
+            self._close()
         self._fds.append(file.fd)
         self._num_bytes += num_bytes
 
@@ -45,10 +50,13 @@ class Removed:
 
     def end(self) -> int:
         """Close the files, which frees their blocks; what the ledger counts for all that went since."""
-        while self._fds:
-            os.close(self._fds.pop())
+        self._close()
         num_bytes, self._num_bytes = self._num_bytes, 0
         return num_bytes
+
+    def _close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
 
     def drop(self) -> None:
         """Remove the recycled file, for which there is no use; does not fail."""

@@ -113,7 +113,8 @@ class Shelf:
         """Take room for a new object, removing what is evicted; or why not: PRESENT or REFUSED."""
         if key in self._undeletable:
             self.delete([key])
-        if self.catalog.find([key]) == [Presence.ABSENT] and self.files.exists(key):
+        if not self.ledger.was_alone and self.files.exists(key):
+            # Found out later too, but then it would be written before.
             self.adopt(key)
         return self._take_room(key, num_bytes, b"")
 

@@ -5,6 +5,7 @@ Sizes are those of its own puts and deletes: what others write, and what the ser
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from threading import Lock
 
 from kvkeep.spec import StoredKey
@@ -17,14 +18,21 @@ __all__ = ["RemoteBooks"]
 _MAX_SEEN = 1 << 16
 
 
+@dataclass(slots=True)
+class _Write:
+    """A put under way, whose object may be deleted meanwhile."""
+
+    num_bytes: int
+    is_deleted: bool = False
+
+
 class RemoteBooks:
     """Counts, writes in flight and keys seen there lately. Thread-safe."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._lock = Lock()
-        # Whether the object was deleted while it is written.
-        self._writing: dict[StoredKey, bool] = {}
+        self._writing: dict[StoredKey, _Write] = {}
         self._seen: dict[StoredKey, None] = {}
         # Bytes of each get under way, which the reader enters and takes out himself: the lock and two calls
         # would be a tenth of what a small get costs.
@@ -33,12 +41,11 @@ class RemoteBooks:
         self._puts: Counter[PutOutcome] = Counter()
         self._kept_bytes = 0
         self._num_kept = 0
-        self._writing_bytes = 0
 
     @property
     def used_bytes(self) -> int:
         """Bytes put and not deleted by this process, those being written included."""
-        return self._kept_bytes + self._writing_bytes
+        return self._kept_bytes + self._writing_bytes()
 
     def is_writing(self, key: StoredKey) -> bool:
         """Whether a put of the key is under way."""
@@ -53,8 +60,7 @@ class RemoteBooks:
         with self._lock:
             for key in keys:
                 self._seen[key] = None
-            while len(self._seen) > _MAX_SEEN:
-                del self._seen[next(iter(self._seen))]
+            self._forget_oldest()
 
     def miss(self, key: StoredKey, miss: Miss) -> Miss:
         """Count a miss."""
@@ -71,36 +77,34 @@ class RemoteBooks:
 
     def begin_write(self, key: StoredKey, num_bytes: int) -> bool:
         """Mark a key as in flight; False where it is already."""
-        with self._lock:
-            if key in self._writing:
-                return False
-            self._writing[key] = False
-            self._writing_bytes += num_bytes
-            return True
+        write = _Write(num_bytes)
+        return self._writing.setdefault(key, write) is write
 
     def end_write(self, key: StoredKey, num_bytes: int, outcome: PutOutcome) -> bool:
         """Count the outcome; whether the object was deleted meanwhile, and has to go from the store."""
         with self._lock:
-            was_deleted = self._writing.pop(key)
-            self._writing_bytes -= num_bytes
+            write = self._writing.pop(key)
             self._puts[outcome] += 1
             if outcome is PutOutcome.STORED:
                 self._kept_bytes += num_bytes
                 self._num_kept += 1
-            if outcome in (PutOutcome.STORED, PutOutcome.PRESENT):
+            if outcome is PutOutcome.STORED or outcome is PutOutcome.PRESENT:
                 self._seen[key] = None
+                self._forget_oldest()
             else:
                 self._seen.pop(key, None)
-            return was_deleted
+            return write.is_deleted
 
     def delete_writing(self, keys: Sequence[StoredKey]) -> list[StoredKey]:
         """Those of the keys that are being written, and go when that ends."""
         with self._lock:
-            found = [key for key in keys if self._writing.get(key) is False]
-            for key in found:
-                self._writing[key] = True
+            found = []
             for key in keys:
                 self._seen.pop(key, None)
+                write = self._writing.get(key)
+                if write is not None and not write.is_deleted:
+                    write.is_deleted = True
+                    found.append(key)
         return found
 
     def count_deleted(self, num_objects: int, num_bytes: int) -> None:
@@ -112,7 +116,7 @@ class RemoteBooks:
     def stats(self) -> TierStats:
         """Counters since the start."""
         with self._lock:
-            in_use = sum(list(self.deadline_to_reading.values())) + self._writing_bytes
+            in_use = sum(list(self.deadline_to_reading.values())) + self._writing_bytes()
             return TierStats(
                 name=self._name,
                 capacity_bytes=None,
@@ -124,3 +128,10 @@ class RemoteBooks:
                 misses={str(cause): count for cause, count in self._misses.items()},
                 puts={str(outcome): count for outcome, count in self._puts.items()},
             )
+
+    def _writing_bytes(self) -> int:
+        return sum(write.num_bytes for write in list(self._writing.values()))
+
+    def _forget_oldest(self) -> None:
+        while len(self._seen) > _MAX_SEEN:
+            del self._seen[next(iter(self._seen))]

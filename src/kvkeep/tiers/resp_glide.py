@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from threading import BoundedSemaphore, Lock
+from threading import Lock
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from kvkeep.errors import ConfigError
 from kvkeep.tiers.base import Got, Miss, MissCause, PutOutcome
 from kvkeep.tiers.breaker import Breaker
-from kvkeep.tiers.deadlines import BoundedCalls, CallError, Deadline, SettingError
+from kvkeep.tiers.deadlines import BoundedCalls, CallError, Deadline, SettingError, Turns
 from kvkeep.tiers.resp_connection import unavailable
 from kvkeep.tiers.resp_protocol import ServerError
 from kvkeep.tiers.resp_stream import Address, UnixAddress
@@ -74,7 +74,7 @@ class GlideTransport:
         self._is_cluster = url.is_cluster
         self._config = _config(glide, url, timeout_s)
         self._breaker = Breaker(f"{name} ({url.addresses[0]})")
-        self._free = BoundedSemaphore(num_connections)
+        self._turns = Turns(num_connections)
         self._opening = BoundedCalls(1, name="glide")
         self._lock = Lock()
         self._client: _Client | None = None
@@ -254,7 +254,7 @@ class GlideTransport:
 
     def _bounded(self, work: Callable[[_Client], T], deadline: Deadline) -> T | ServerError:
         glide = self._glide
-        if not self._free.acquire(timeout=deadline.left_s()):
+        if not self._turns.take(deadline.left_s()):
             raise CallError(MissCause.LATE, f"all calls were busy for {deadline.timeout_s:g} s")
         try:
             return work(self._opened(deadline))
@@ -269,7 +269,7 @@ class GlideTransport:
                 raise fault from error
             return found
         finally:
-            self._free.release()
+            self._turns.give_back()
 
     def _opened(self, deadline: Deadline) -> _Client:
         if self._client is None:

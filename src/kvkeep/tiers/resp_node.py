@@ -1,12 +1,11 @@
 """One RESP server as a tier calls it: a bounded pool of connections behind a circuit breaker."""
 
 from collections import deque
-from queue import Empty, SimpleQueue
 from types import TracebackType
 
 from kvkeep.tiers.base import MissCause
 from kvkeep.tiers.breaker import Breaker, BreakerRules, Permit
-from kvkeep.tiers.deadlines import CallError, Deadline
+from kvkeep.tiers.deadlines import CallError, Deadline, Turns
 from kvkeep.tiers.resp_connection import Login, RespConnection
 from kvkeep.tiers.resp_stream import Address
 
@@ -68,10 +67,7 @@ class RespNode:
         self.breaker = Breaker(f"{name} ({address})", rules)
         self._login = login
         self._num_connections = num_connections
-        # One token for each call that may run; of the classes for this the only one that is C throughout.
-        self._places: SimpleQueue[None] = SimpleQueue()
-        for _ in range(num_connections):
-            self._places.put(None)
+        self._turns = Turns(num_connections)
         # The one used last comes first, so that the others are seen to be idle.
         self._idle: deque[RespConnection] = deque()
         self._is_open = True
@@ -83,19 +79,17 @@ class RespNode:
             raise CallError(
                 MissCause.UNAVAILABLE, f"{self.address} is left alone: {self.breaker.reason}"
             )
-        try:
-            self._places.get_nowait()
-        except Empty:
-            self._wait_for_place(permit, deadline)
+        if not self._turns.take_now():
+            self._wait_for_turn(permit, deadline)
         try:
             return NodeLease(self, permit, self._connection(deadline))
         except CallError as error:
             permit.fail(str(error))
-            self._places.put(None)
+            self._turns.give_back()
             raise
         except BaseException:
             permit.abandon()
-            self._places.put(None)
+            self._turns.give_back()
             raise
 
     def take_back(self, connection: RespConnection, *, is_usable: bool) -> None:
@@ -104,7 +98,7 @@ class RespNode:
             self._idle.append(connection)
         else:
             connection.close()
-        self._places.put(None)
+        self._turns.give_back()
         if not self._is_open:
             self._close_idle()
 
@@ -113,19 +107,20 @@ class RespNode:
         self._is_open = False
         self._close_idle()
 
-    def _wait_for_place(self, permit: Permit, deadline: Deadline) -> None:
+    def _wait_for_turn(self, permit: Permit, deadline: Deadline) -> None:
         try:
-            self._places.get(timeout=deadline.left_s())
-        except BaseException as error:
+            has_turn = self._turns.take(deadline.left_s())
+        except BaseException:
+            permit.abandon()
+            raise
+        if not has_turn:
             # Waiting for each other says nothing about the server.
             permit.abandon()
-            if not isinstance(error, Empty):
-                raise
             raise CallError(
                 MissCause.LATE,
                 f"all {self._num_connections} connections to {self.address} were busy for "
                 f"{deadline.timeout_s:g} s",
-            ) from None
+            )
 
     def _connection(self, deadline: Deadline) -> RespConnection:
         while True:

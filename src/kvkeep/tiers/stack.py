@@ -5,7 +5,11 @@ A block may lie in several tiers: a lower copy is what survives. Nothing here to
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
 from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from kvkeep.spec import StoredKey
 from kvkeep.tiers.base import Occasion, Presence, PutOutcome, Tier
@@ -40,10 +44,18 @@ class Sighting:
 
 
 class TierStack:
-    """Floors by number, 0 the nearest to the device."""
+    """Floors by number, 0 the nearest to the device.
+
+    What a tier evicts falls to the next one that takes it: at once, or as `defer` sees to it, which queues a
+    job and says whether it could; `num_dropped` is how often it could not.
+    """
 
     def __init__(self, floors: Sequence[Floor]) -> None:
         self.floors = tuple(floors)
+        self.defer: Callable[[Callable[[], None]], bool] | None = None
+        self.num_dropped = 0
+        self._lock = Lock()
+        self._spilling: dict[StoredKey, _Spilling] = {}
         for at, floor in enumerate(self.floors):
             if isinstance(floor.tier, SpillingTier):
                 floor.tier.on_evict = self._spill_from(at)
@@ -115,8 +127,23 @@ class TierStack:
         }
 
     def delete(self, keys: Sequence[StoredKey]) -> dict[int, int]:
-        """Forget objects everywhere; how many there were in each tier."""
+        """Forget objects everywhere, also those that are falling; how many there were in each tier."""
+        with self._lock:
+            for key in keys if self._spilling else ():
+                if key in self._spilling:
+                    self._spilling[key].is_cancelled = True
         return {at: floor.tier.delete(keys) for at, floor in enumerate(self.floors)}
+
+    @property
+    def num_spilling(self) -> int:
+        """Objects that are falling."""
+        return len(self._spilling)
+
+    def cancel_spills(self) -> None:
+        """What is falling is not to land."""
+        with self._lock:
+            for spilling in self._spilling.values():
+                spilling.is_cancelled = True
 
     def touch(self, keys: Sequence[StoredKey]) -> None:
         """Count a use, elsewhere, of what local tiers have; keys lie in chain order."""
@@ -151,6 +178,45 @@ class TierStack:
 
     def _spill_from(self, at: int) -> Callable[[StoredKey, Sequence[memoryview]], None]:
         def spill(key: StoredKey, parts: Sequence[memoryview]) -> None:
-            self._put_below(at + 1, key, lambda: parts, sum(part.nbytes for part in parts))
+            num_bytes = sum(part.nbytes for part in parts)
+            if self.defer is None:
+                self._put_below(at + 1, key, lambda: parts, num_bytes)
+                return
+            # The place above is reused at once: what waits must have bytes of its own.
+            taken = [np.frombuffer(part, np.uint8).copy().data for part in parts]
+            spilling = _Spilling()
+            with self._lock:
+                self._spilling[key] = spilling
+            if not self.defer(partial(self._land, at + 1, key, taken, num_bytes, spilling)):
+                self._end_spill(key, spilling)
+                self.num_dropped += 1
 
         return spill
+
+    def _land(
+        self,
+        first: int,
+        key: StoredKey,
+        parts: Sequence[memoryview],
+        num_bytes: int,
+        spilling: "_Spilling",
+    ) -> None:
+        """Write what fell, unless it has been deleted meanwhile."""
+        if not spilling.is_cancelled:
+            self._put_below(first, key, lambda: parts, num_bytes)
+        self._end_spill(key, spilling)
+        if spilling.is_cancelled:
+            for floor in self.floors[first:]:
+                floor.tier.delete([key])
+
+    def _end_spill(self, key: StoredKey, spilling: "_Spilling") -> None:
+        with self._lock:
+            if self._spilling.get(key) is spilling:
+                del self._spilling[key]
+
+
+@dataclass(slots=True)
+class _Spilling:
+    """An object on its way down from a tier that had no room for it any more."""
+
+    is_cancelled: bool = False
