@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import ipaddress
+import logging
 import random
 import socket
 import sys
@@ -48,6 +49,14 @@ def _refuse_remote(sock: socket.socket, address: object) -> None:
         # Not an OSError: code under test would take that for an unreachable store and go on.
         sock.close()
         raise RuntimeError(f"a test tried to reach {address}; tests use loopback addresses only")
+
+
+@pytest.fixture(autouse=True)
+def _loggers_speak() -> None:
+    """Undo what a library that configures logging in this process has done to our loggers."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("kvkeep") and isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture(autouse=True)

@@ -94,11 +94,10 @@ class Nursery:
 
 
 def kill(pid: int) -> None:
-    """kill -9, and wait until the process is gone; raises ProcessLookupError if it ended by itself."""  # noqa: D403
-    os.kill(pid, signal.SIGKILL)
+    """End a process at once, and wait until it is gone."""
     with suppress(ProcessLookupError):
         while True:
-            os.kill(pid, 0)
+            os.kill(pid, signal.SIGKILL)
             sleep(0.0005)
 
 
@@ -168,6 +167,7 @@ class Campaign:
         """What each object may be after all that was done, and after what was begun."""
         for line in log.read_bytes().splitlines():
             letter, *numbers = line.split()
+            assert letter != b"!", "a process failed by itself; standard error says why"
             key = key_of(int(numbers[0]))
             known = self._known[key]
             match letter:

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 from kvkeep.spec import StoredKey
@@ -38,12 +39,15 @@ class Worker:
         self._chooser = random.Random(seed)
 
     def run(self) -> None:
-        """Go on until killed."""
-        while True:
-            number = self._chooser.randrange(NUM_KEYS)
-            self._chooser.choice((self._put, self._put, self._relabel, self._delete, self._get))(
-                number
-            )
+        """Go on until killed; what goes wrong is in the log, and ends the process."""
+        does = (self._put, self._put, self._relabel, self._delete, self._get)
+        try:
+            while True:
+                self._chooser.choice(does)(self._chooser.randrange(NUM_KEYS))
+        except BaseException:  # noqa: BLE001  nothing may go unseen, and the process ends with it
+            traceback.print_exc()
+            self._say(b"! 0\n")
+            os._exit(1)
 
     def _put(self, number: int) -> None:
         key, num_bytes = key_of(number), size_of(number)

@@ -188,6 +188,18 @@ def test_what_another_process_reads_stays_as_it_is(tiers: tuple[DiskTier, DiskTi
         assert reader.read(NUM_BYTES) == content_of(key_of(1), NUM_BYTES)
 
 
+def test_labels_of_what_the_other_removed_are_no_fault(tiers: tuple[DiskTier, DiskTier]) -> None:
+    """The object is gone, which is not the medium's fault: nothing is switched off."""
+    first, second = tiers
+    store_object(first, key_of(1), NUM_BYTES)
+    second.delete([key_of(1)])
+
+    assert not first.relabel(key_of(1), b"tag")
+    assert first.find([key_of(1)]) == [Presence.ABSENT]
+    assert store_object(first, key_of(1), NUM_BYTES) is PutOutcome.STORED
+    assert first.num_outages == 0
+
+
 def test_a_smaller_capacity_holds(tmp_path: Path) -> None:
     """Where capacities differ, who has the smaller one makes room to it."""
     with DiskTier(tmp_path / "cache", CAPACITY) as large:

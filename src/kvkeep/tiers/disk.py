@@ -199,10 +199,6 @@ class DiskTier(Tier):
             return False
         try:
             is_done = self._copy(key, num_bytes, labels)
-        except FileNotFoundError as error:
-            is_done = False
-            if self._shelf.files.exists(key):
-                self._failed_to_write(error)
         except OSError as error:
             is_done = False
             self._failed_to_write(error)

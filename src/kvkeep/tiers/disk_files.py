@@ -120,8 +120,11 @@ class ObjectFiles:
             os.close(fd)
 
     def copy(self, key: StoredKey, path: str, num_bytes: int, labels: bytes) -> int | None:
-        """Make a file of the same object with other labels; its stamp, or None if the object is cut off."""
-        source = os.open(self.path(key), _READ)
+        """Make a file of the same object with other labels; its stamp, or None where that is not whole."""
+        try:
+            source = os.open(self.path(key), _READ)
+        except FileNotFoundError:
+            return None
         try:
             fd = os.open(path, _WRITE, _FILE_MODE)
             try:

@@ -266,7 +266,7 @@ class HostTier(Tier):
 def _taken(num_bytes: int, num_label_bytes: int) -> int:
     """Bytes of whole pages, one at least; labels lie elsewhere."""
     del num_label_bytes
-    return max(1, -(-num_bytes // _PAGE_BYTES)) * _PAGE_BYTES
+    return -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES or _PAGE_BYTES
 
 
 def _fetch(place: _Place, buffers: Sequence[memoryview]) -> None:
