@@ -23,7 +23,7 @@ _HEADER_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """`host_mb` and `disk_mb` are moved in a round; `folder` is on the disk to measure, if not the system's."""
+    """`host_mb` and `disk_mb` are moved in a round; `folder` is on the disk to measure, not the system's."""
 
     sizes: tuple[int, ...]
     host_mb: int

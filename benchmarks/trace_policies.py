@@ -169,8 +169,9 @@ def _measure_speed(run: Run, settings: Settings) -> None:
         "public" if path.is_file() else "chat", path if path.is_file() else None, settings, run.seed
     )
     size = trace.blocks(0.1) * _BLOCK_BYTES
-    below = (parse_tier(f"host:{size}"), parse_tier(f"disk:{3 * size}"))
-    for what, tiers in (("a device", ()), ("device, host and disk", below)):
+    host, disk = parse_tier(f"host:{size}"), parse_tier(f"disk:{3 * size}")
+    places = {"a device": (), "device and host": (host,), "device, host and disk": (host, disk)}
+    for what, tiers in places.items():
         under = _under(trace.blocks(settings.device), "lru", *tiers)
         rates = [trace.comparison.replay(under).lookups_per_s for _ in range(settings.rounds)]
         run.add(

@@ -89,8 +89,9 @@ class SlowGDSF(Slow):
 class SlowSLRU(Slow):
     """`order` has probation first; the last `num_protected` of it are protected."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float) -> None:
         super().__init__()
+        self.share = share
         self.protected: list[int] = []
 
     def insert(self, items: Sequence[int]) -> None:
@@ -100,7 +101,7 @@ class SlowSLRU(Slow):
         probation += reversed(new)
         self.protected += reversed(known)
         self.used.difference_update(known)
-        most = int(0.8 * (len(probation) + len(self.protected)))
+        most = int(self.share * (len(probation) + len(self.protected)))
         while len(self.protected) > most:
             probation.append(self.protected.pop(0))
         self.order = probation + self.protected
@@ -186,7 +187,8 @@ def cost(item: int) -> float:
 
 PAIRS: dict[str, Callable[[], tuple[EvictionPolicy[int], Slow]]] = {
     "lru": lambda: (LRU(), Slow()),
-    "slru": lambda: (SLRU(), SlowSLRU()),
+    "slru": lambda: (SLRU(), SlowSLRU(0.2)),
+    "slru, more protected": lambda: (SLRU(protected_share=0.8), SlowSLRU(0.8)),
     "gdsf": lambda: (GDSF(), SlowGDSF(lambda _: 1.0)),
     "gdsf with costs": lambda: (GDSF(cost_of=cost), SlowGDSF(cost)),
     "s3fifo": lambda: (S3FIFO(), SlowS3FIFO(remembers=False)),

@@ -148,7 +148,7 @@ def test_evicted_and_remaining_items_are_all_items(make: Make) -> None:
 
 def test_slru_keeps_what_was_used_twice_through_a_scan() -> None:
     """Many items that are used once do not push out the few that are used again."""
-    policy = SLRU[int]()
+    policy = SLRU[int](protected_share=0.8)
     policy.insert(list(range(10)))
     reuse(policy, [0, 1, 2])
 

@@ -16,10 +16,11 @@ class SLRU(EvictionPolicy[Item]):
     """New items enter a probation segment; items used again return to a protected one.
 
     After every insert the protected segment holds at most `protected_share` of the items; its
-    oldest fall back to probation, where they are again the most recently used.
+    oldest fall back to probation, where they are again the most recently used. With a small share it finds
+    what an LRU finds and more; a large one holds on to what has had its time (docs/decisions/0013).
     """
 
-    def __init__(self, protected_share: float = 0.8) -> None:
+    def __init__(self, protected_share: float = 0.2) -> None:
         self._probation: LRU[Item] = LRU()
         self._protected: LRU[Item] = LRU()
         self._reused: set[Item] = set()

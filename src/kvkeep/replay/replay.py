@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 from kvkeep.blocks import BlockLedger, BlockPool, Entry, stored_key
@@ -178,12 +179,12 @@ class Replay:
         tiers = [floor.tier for floor in self._stack.floors if occasion in floor.write_on]
         if not tiers or not keys:
             return
-        parts, num_bytes = self._parts, self._parts[0].nbytes
+        make_parts, num_bytes = partial(iter, self._parts), self._parts[0].nbytes
         stored = [stored_key(key, 0) for key in keys]
         places = zip(*(tier.find(stored) for tier in tiers), strict=True)
         for key, presences in zip(stored, places, strict=True):
             if Presence.ABSENT in presences:
-                self._stack.put(key, lambda: parts, num_bytes, occasion)
+                self._stack.put(key, make_parts, num_bytes, occasion)
 
     def _levels(self) -> list[PassedLevel]:
         settings, block_bytes = self._settings, self._settings.block_bytes

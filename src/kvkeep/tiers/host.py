@@ -43,9 +43,12 @@ def map_memory(num_bytes: int) -> memoryview:
     return memoryview(memory)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Place:
-    """Where an object lies: `views` are its bytes, in order; `got` is what a get of it answers."""
+    """Where an object lies: `views` are its bytes, in order; `got` is what a get of it answers.
+
+    Never changed, and not frozen, since one is made for each put.
+    """
 
     num_bytes: int
     runs: tuple[Run, ...]
@@ -90,6 +93,10 @@ class _Slab:
         self._memory = self._memory[:0].copy()
 
     def _place(self, num_bytes: int, runs: tuple[Run, ...]) -> _Place:
+        if len(runs) == 1:
+            begin = runs[0].first * _PAGE_BYTES
+            view = self._memory[begin : begin + num_bytes]
+            return _Place(num_bytes, runs, (view,), Got(num_bytes))
         views, rest = [], num_bytes
         for run in runs:
             begin = run.first * _PAGE_BYTES
