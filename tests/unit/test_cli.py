@@ -369,6 +369,15 @@ def interrupt_oneself() -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture
+def heard_interrupts() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background, which ignores it."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("heard_interrupts")
 def test_the_first_interrupt_stops_the_answer_and_the_second_interrupts() -> None:
     """Ctrl-C once is a wish, twice is an interrupt; afterwards all is as before."""
     before = signal.getsignal(signal.SIGINT)

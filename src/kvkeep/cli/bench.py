@@ -11,7 +11,8 @@ from rich.text import Text
 
 from kvkeep.cli.console import Command, emit_json, stderr, stdout, working
 from kvkeep.cli.doctor_tables import new_table, show_table
-from kvkeep.cli.options import json_option
+from kvkeep.cli.options import default_of, json_option
+from kvkeep.config import EngineSettings
 from kvkeep.config.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -59,7 +60,10 @@ def bench() -> None:
     help="Sizes of the device, one after the other.",
 )
 @click.option(
-    "--policies", default="lru", show_default=True, help="Eviction policies of the device."
+    "--policies",
+    default=default_of(EngineSettings, "policy"),
+    show_default=True,
+    help="Eviction policies of the device: lru, slru, gdsf, s3fifo.",
 )
 @click.option(
     "--tier",

@@ -41,7 +41,7 @@ class EngineSettings:
     max_batch_tokens: int = 2048
     max_requests: int = 64
     max_context: int | None = None
-    policy: str = "lru"
+    policy: str = "slru"
     mode: str = "auto"
     kv_format: str = "auto"
     kv_exact_layers: tuple[int, ...] | str = "auto"
