@@ -24,6 +24,7 @@ from kvkeep.replay import (
 )
 from kvkeep.replay.timed_policy import TimedPolicy
 from kvkeep.tiers.base import Occasion
+from kvkeep.tiers.settings import Disk, Host, Remote
 
 # Blocks of four tokens of ten bytes.
 BLOCK_TOKENS, BLOCK_BYTES = 4, 40
@@ -334,6 +335,21 @@ def test_a_tier_that_cannot_be_read_is_a_setting_error(text: str, message: str) 
         parse_tier(text)
 
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "as_opened"),
+    [
+        ("host", Host("1GB")),
+        ("disk", Disk("folder", "1GB")),
+        ("remote", Remote("redis://localhost")),
+    ],
+)
+def test_a_replayed_tier_is_written_to_when_a_real_one_is(
+    name: str, as_opened: Host | Disk | Remote
+) -> None:
+    """The name stands for the kind, whose occasions are those of the tiers that users ask for."""
+    assert parse_tier(f"{name}:1GB").write_on == frozenset(as_opened.write_on)
 
 
 def test_a_setting_that_cannot_be_is_refused() -> None:
