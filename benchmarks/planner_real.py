@@ -15,7 +15,6 @@ from kvkeep.config import CacheOptions
 from kvkeep.llm import LLM
 from kvkeep.spec import StoredKey
 from kvkeep.tiers import Got, Host, Miss, Tier
-from kvkeep.tiers.stack import Floor, TierStack
 from kvkeep.tiers.wrapper import TierWrapper
 
 _LATENCY_S = 1e-3
@@ -51,6 +50,18 @@ class Throttled(TierWrapper):
         return found
 
 
+class ThrottledHost:
+    """Settings of host memory behind a throttle, as fast as memory is at first."""
+
+    kind = "host"
+    name = None
+    write_on = Host("2GB").write_on
+
+    def open(self, name: str) -> Tier:
+        """The tier; its speed may be changed at any time."""
+        return Throttled(Host("2GB").open(name), 1e10)
+
+
 def measure(run: Run, settings: Settings) -> None:
     """Each cell: the planner has seen a few requests like these; then all three, in turn."""
     ratios: list[float] = []
@@ -58,10 +69,11 @@ def measure(run: Run, settings: Settings) -> None:
         model = build_model(name, torch.bfloat16, settings.layers)
         num_tokens = 2 * max(settings.lengths)
         with make_llm(
-            model, num_tokens, tiers=[Host("2GB")], idle_s=None, calibration_folder=None
+            model, num_tokens, tiers=[ThrottledHost()], idle_s=None, calibration_folder=None
         ) as llm:
             check_mode(run, llm)
-            wire = throttle(llm)
+            wire = below_of(llm).stack.tiers[0]
+            assert isinstance(wire, Throttled)
             for speed in settings.mb_per_s:
                 wire.bytes_per_s = speed * 1e6
                 for length in settings.lengths:
@@ -105,15 +117,6 @@ def _first_token(
     seconds = perf_counter() - start
     below.chooser = chooser
     return seconds
-
-
-def throttle(llm: LLM) -> Throttled:
-    """Put a throttle around the engine's only tier."""
-    below = below_of(llm)
-    floor = below.stack.floors[0]
-    wire = Throttled(floor.tier, 1e9)
-    below.stack.floors = TierStack([Floor(wire, floor.write_on)]).floors
-    return wire
 
 
 def below_of(llm: LLM) -> Hierarchy:

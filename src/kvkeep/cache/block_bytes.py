@@ -7,13 +7,12 @@ from enum import StrEnum
 from kvkeep.blocks import BlockLedger, Entry, TokenChain, stored_key
 from kvkeep.cache.base import PayloadStore
 from kvkeep.cache.hierarchy import Hierarchy
-from kvkeep.cache.loads import wanted_header
 from kvkeep.cache.places import Places
 from kvkeep.cache.sealing import block_entry
+from kvkeep.cache.stored_blocks import put_block, wanted_header
 from kvkeep.spec import BlockId, KVSpec
 from kvkeep.tiers.base import Occasion, PutOutcome
-from kvkeep.tiers.reading import Verified, read_block, stored_parts
-from kvkeep.tiers.stored_form import checksum, header_bytes
+from kvkeep.tiers.reading import Verified, read_block
 
 __all__ = ["BlockBytes", "FoundBlock", "InsertOutcome"]
 
@@ -112,15 +111,8 @@ class BlockBytes:
     def _insert_below(
         self, below: Hierarchy, entry: Entry, group: int, payload: memoryview, layout: str
     ) -> InsertOutcome:
-        size = self._spec.block_size
-        header = wanted_header(
-            self._spec, group, entry, payload.nbytes, layout, checksum([payload])
-        )
-        outcomes = below.stack.put(
-            stored_key(entry.key, group),
-            stored_parts(header, size, payload),
-            header_bytes(size) + payload.nbytes,
-            Occasion.IDLE,
+        outcomes = put_block(
+            below.stack, self._spec, group, entry, payload, layout, Occasion.IDLE
         ).values()
         if PutOutcome.STORED in outcomes:
             return InsertOutcome.ADDED

@@ -17,13 +17,11 @@ import numpy as np
 
 from kvkeep.blocks import Entry, stored_key
 from kvkeep.cache.base import PayloadStore
-from kvkeep.cache.loads import wanted_header
+from kvkeep.cache.stored_blocks import put_block
 from kvkeep.spec import BlockId, KVSpec, StoredKey
 from kvkeep.tiers.base import Occasion, Presence, PutOutcome, Tier
 from kvkeep.tiers.lanes import Lane, Results
-from kvkeep.tiers.reading import stored_parts
 from kvkeep.tiers.stack import TierStack
-from kvkeep.tiers.stored_form import checksum, header_bytes
 
 __all__ = ["Copies", "CopyCounts"]
 
@@ -106,12 +104,8 @@ class Copies:
 
     def wants(self, key: StoredKey, occasion: Occasion) -> bool:
         """Whether a copy on this occasion would go anywhere."""
-        if key in self._remembered:
-            return any(
-                occasion in self._stack.floors[at].write_on and not self._stack.find([key], [at])
-                for at in self._stack.local
-            )
-        return self._stack.wants(key, occasion)
+        among = self._stack.local if key in self._remembered else None
+        return self._stack.wants(key, occasion, among)
 
     def begin(
         self,
@@ -157,7 +151,7 @@ class Copies:
                 continue
             if self._evicts_to_memory:
                 payload = self._payloads.view(group, block)
-                self._put(key, group, entry, payload, Occasion.EVICTED)
+                self._put(group, entry, payload, Occasion.EVICTED)
             elif not self._stage(key, group, block, entry):
                 self.counts.num_dropped += 1
 
@@ -215,7 +209,7 @@ class Copies:
     def _write(self, copy: _Copy, payload: memoryview, then: Callable[[], None]) -> None:
         outcomes: dict[int, PutOutcome] = {}
         try:
-            outcomes = self._put(copy.key, copy.group, copy.entry, payload, copy.occasion)
+            outcomes = self._put(copy.group, copy.entry, payload, copy.occasion)
         except Exception:  # noqa: BLE001
             # A tier of somebody else's may raise anything; to us its put has failed.
             _log.exception("copying a block down failed")
@@ -223,13 +217,10 @@ class Copies:
             self._results.add(partial(self._finish, copy, outcomes, then))
 
     def _put(
-        self, key: StoredKey, group: int, entry: Entry, payload: memoryview, occasion: Occasion
+        self, group: int, entry: Entry, payload: memoryview, occasion: Occasion
     ) -> dict[int, PutOutcome]:
-        size, num_bytes = self._spec.block_size, payload.nbytes
         layout = self._payloads.layout_name(group)
-        header = wanted_header(self._spec, group, entry, num_bytes, layout, checksum([payload]))
-        parts = stored_parts(header, size, payload)
-        return self._stack.put(key, parts, header_bytes(size) + num_bytes, occasion)
+        return put_block(self._stack, self._spec, group, entry, payload, layout, occasion)
 
     def _finish(
         self, copy: _Copy, outcomes: dict[int, PutOutcome], then: Callable[[], None]

@@ -190,13 +190,6 @@ class Hierarchy:
 
     # --- what the cache reports --------------------------------------------------------------------
 
-    def note_shared(self, lease: Lease) -> None:
-        """A request uses what is on the device: lower copies are in use, too."""
-        for group, table in enumerate(lease.tables):
-            ledger = self._ledgers[group]
-            keys = [ledger.key_of(block) for block in table.held()]
-            self.stack.touch([stored_key(key, group) for key in keys if key is not None])
-
     def note_released(self, group: int, blocks: Sequence[BlockId], lease: Lease) -> None:
         """A request has let go of these, in chain order; a leaf goes down before its parents."""
         ledger, now_s = self._ledgers[group], self._clock()
@@ -279,7 +272,7 @@ class Hierarchy:
         return counts
 
     def flush(self) -> None:
-        """Write to the tiers that outlive the process what they do not have; then close everything."""
+        """Write to the tiers that outlive the process what they do not have."""
         for group, ledger in enumerate(self._ledgers):
             for block in ledger.sealed_blocks():
                 key, entry = ledger.key_of(block), ledger.entry_of(block)

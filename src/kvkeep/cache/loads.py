@@ -13,6 +13,7 @@ from kvkeep.blocks import Entry, stored_key
 from kvkeep.cache.base import PayloadStore
 from kvkeep.cache.lease import Lease, PendingLoad
 from kvkeep.cache.places import Places
+from kvkeep.cache.stored_blocks import wanted_header
 from kvkeep.planning import StoredBlock
 from kvkeep.spec import BlockId, KVSpec, StoredKey
 from kvkeep.tiers.base import Miss, MissCause, Tier
@@ -21,7 +22,7 @@ from kvkeep.tiers.reading import Verified, read_block
 from kvkeep.tiers.stack import TierStack
 from kvkeep.tiers.stored_form import StoredHeader, header_bytes
 
-__all__ = ["LoadCounts", "Loaded", "Loads", "wanted_header"]
+__all__ = ["LoadCounts", "Loaded", "Loads"]
 
 # A load that takes longer than this is given up: its block is computed instead.
 LATE_S = 30.0
@@ -65,24 +66,6 @@ class _Flight:
     queued_bytes: int
     arrived_s: float = 0.0
     is_late: bool = False
-
-
-def wanted_header(
-    spec: KVSpec, group: int, entry: Entry, payload_bytes: int, layout: str, checksum: bytes = b""
-) -> StoredHeader:
-    """The header of the object that holds a group's part of a block."""
-    return StoredHeader(
-        key=entry.key,
-        parent=entry.parent,
-        namespace=entry.namespace,
-        tokens=entry.content,
-        group=group,
-        group_name=spec.groups[group].name,
-        kv_format=spec.kv_format,
-        layout=layout,
-        payload_bytes=payload_bytes,
-        checksum=checksum,
-    )
 
 
 class Loads:

@@ -52,6 +52,12 @@ class TierStack:
 
     def __init__(self, floors: Sequence[Floor]) -> None:
         self.floors = tuple(floors)
+        # Nearest first; those that answer `find` from memory, and those that are asked over some wire.
+        self.tiers = tuple(floor.tier for floor in self.floors)
+        self.local = tuple(at for at, tier in enumerate(self.tiers) if tier.capabilities.is_local)
+        self.distant = tuple(
+            at for at, tier in enumerate(self.tiers) if not tier.capabilities.is_local
+        )
         self.defer: Callable[[Callable[[], None]], bool] | None = None
         self.num_dropped = 0
         self._lock = Lock()
@@ -59,21 +65,6 @@ class TierStack:
         for at, floor in enumerate(self.floors):
             if isinstance(floor.tier, SpillingTier):
                 floor.tier.on_evict = self._spill_from(at)
-
-    @property
-    def tiers(self) -> tuple[Tier, ...]:
-        """The tiers, nearest first."""
-        return tuple(floor.tier for floor in self.floors)
-
-    @property
-    def local(self) -> tuple[int, ...]:
-        """The tiers that answer `find` from memory."""
-        return tuple(at for at, tier in enumerate(self.tiers) if tier.capabilities.is_local)
-
-    @property
-    def distant(self) -> tuple[int, ...]:
-        """The tiers that must be asked over some wire."""
-        return tuple(at for at, tier in enumerate(self.tiers) if not tier.capabilities.is_local)
 
     def find(
         self, keys: Sequence[StoredKey], among: Sequence[int] | None = None
@@ -100,15 +91,12 @@ class TierStack:
             ]
         return found
 
-    def wants(self, key: StoredKey, occasion: Occasion) -> bool:
-        """Whether some tier, asked in memory only, would be written to by `put`."""
+    def wants(self, key: StoredKey, occasion: Occasion, among: Sequence[int] | None = None) -> bool:
+        """Whether `put` would write to some tier of `among` (all of them), asked in memory only."""
         return any(
-            occasion in floor.write_on
-            and not (
-                floor.tier.capabilities.is_local
-                and floor.tier.find([key])[0] is not Presence.ABSENT
-            )
-            for floor in self.floors
+            occasion in self.floors[at].write_on
+            and not (at in self.local and self.tiers[at].find((key,))[0] is not Presence.ABSENT)
+            for at in (range(len(self.floors)) if among is None else among)
         )
 
     def put(
@@ -160,7 +148,7 @@ class TierStack:
     ) -> dict[int, PutOutcome]:
         below = range(first, len(self.floors))
         if any(
-            sighting.presence is Presence.PRESENT for sighting in self._local_copies(key, below)
+            self.tiers[at].find((key,))[0] is Presence.PRESENT for at in below if at in self.local
         ):
             return {}
         outcomes: dict[int, PutOutcome] = {}
@@ -171,10 +159,6 @@ class TierStack:
                 if outcomes[at] in (PutOutcome.STORED, PutOutcome.PRESENT):
                     break
         return outcomes
-
-    def _local_copies(self, key: StoredKey, among: Sequence[int]) -> list[Sighting]:
-        local = [at for at in among if at in self.local]
-        return list(self.find([key], local).values())
 
     def _spill_from(self, at: int) -> Callable[[StoredKey, Sequence[memoryview]], None]:
         def spill(key: StoredKey, parts: Sequence[memoryview]) -> None:
