@@ -215,18 +215,7 @@ class HostTier(Tier):
 
     def stats(self) -> TierStats:
         with self._lock:
-            used, in_use = self._catalog.used_bytes, self._catalog.in_use_bytes
-            return TierStats(
-                name=self.name,
-                capacity_bytes=self.capacity_bytes,
-                in_use_bytes=in_use,
-                reusable_bytes=used - in_use,
-                free_bytes=self.capacity_bytes - used,
-                num_objects=len(self._catalog),
-                num_evictions=self._catalog.num_evictions,
-                misses=self._tally.misses,
-                puts=self._tally.puts,
-            )
+            return self._tally.stats(self.name, self._catalog)
 
     def touch(self, keys: Sequence[StoredKey]) -> None:
         self._catalog.touch(keys)

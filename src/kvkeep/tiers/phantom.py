@@ -20,6 +20,7 @@ from kvkeep.tiers.base import (
     TierStats,
 )
 from kvkeep.tiers.catalog import Catalog
+from kvkeep.tiers.tally import Tally
 
 __all__ = ["PhantomTier", "phantom_bytes"]
 
@@ -57,8 +58,7 @@ class PhantomTier(Tier):
             policy = make_policy(policy, by_content=True)
         self._catalog = Catalog(capacity_bytes, policy)
         self._lock = Lock()
-        self._cause_to_misses = dict.fromkeys(MissCause, 0)
-        self._outcome_to_puts = dict.fromkeys(PutOutcome, 0)
+        self._tally = Tally()
         self._put_bytes = 0
         self._got_bytes = 0
         # Of the last victim; nearly all objects are of one size.
@@ -89,9 +89,9 @@ class PhantomTier(Tier):
         num_bytes = self._catalog.num_bytes(key)
         wanted = sum(buffer.nbytes for buffer in buffers)
         if num_bytes is not None and num_bytes != wanted:
-            return self._miss(MissCause.SHORT, f"{num_bytes} bytes, {wanted} were asked for")
+            return self._tally.miss(MissCause.SHORT, f"{num_bytes} bytes, {wanted} were asked for")
         if num_bytes is None or self._catalog.acquire(key) is None:
-            return self._miss(MissCause.ABSENT)
+            return self._tally.miss(MissCause.ABSENT)
         self._catalog.release(key)
         with self._lock:
             self._got_bytes += num_bytes
@@ -101,12 +101,14 @@ class PhantomTier(Tier):
         admission = self._catalog.begin(key, num_bytes)
         if admission is None:
             is_absent = self._catalog.find([key]) == [Presence.ABSENT]
-            return self._count(PutOutcome.REFUSED if is_absent else PutOutcome.PRESENT)
+            return self._tally.put(PutOutcome.REFUSED if is_absent else PutOutcome.PRESENT)
         if self.on_evict is not None:
             for victim in admission.evicted:
                 self.on_evict(victim.key, (self._bytes(victim.num_bytes),))
         self._catalog.commit(key)
-        return self._count(PutOutcome.STORED, num_bytes)
+        with self._lock:
+            self._put_bytes += num_bytes
+        return self._tally.put(PutOutcome.STORED)
 
     def delete(self, keys: Sequence[StoredKey]) -> int:
         return self._catalog.delete(keys)
@@ -124,31 +126,7 @@ class PhantomTier(Tier):
         return self._catalog.relabel(key, labels)
 
     def stats(self) -> TierStats:
-        catalog = self._catalog
-        used, in_use = catalog.used_bytes, catalog.in_use_bytes
-        return TierStats(
-            name=self.name,
-            capacity_bytes=catalog.capacity_bytes,
-            in_use_bytes=in_use,
-            reusable_bytes=used - in_use,
-            free_bytes=catalog.capacity_bytes - used,
-            num_objects=len(catalog),
-            num_evictions=catalog.num_evictions,
-            misses={str(cause): count for cause, count in self._cause_to_misses.items() if count},
-            puts={str(what): count for what, count in self._outcome_to_puts.items() if count},
-        )
-
-    def _miss(self, cause: MissCause, reason: str = "") -> Miss:
-        with self._lock:
-            self._cause_to_misses[cause] += 1
-        return Miss(cause, reason)
-
-    def _count(self, outcome: PutOutcome, stored_bytes: int = 0) -> PutOutcome:
-        # A replay makes millions of puts: one lock for both, and no look at names.
-        with self._lock:
-            self._outcome_to_puts[outcome] += 1
-            self._put_bytes += stored_bytes
-        return outcome
+        return self._tally.stats(self.name, self._catalog)
 
     def _bytes(self, num_bytes: int) -> memoryview:
         stand_in = self._stand_in

@@ -2,7 +2,8 @@
 
 from threading import Lock
 
-from kvkeep.tiers.base import Miss, MissCause, PutOutcome
+from kvkeep.tiers.base import Miss, MissCause, PutOutcome, TierStats
+from kvkeep.tiers.catalog import Catalog
 
 __all__ = ["Tally"]
 
@@ -38,6 +39,21 @@ class Tally:
         with self._lock:
             self._puts[outcome] += 1
         return outcome
+
+    def stats(self, name: str, catalog: Catalog) -> TierStats:
+        """These counts, and what a catalog holds."""
+        used_bytes, in_use_bytes = catalog.used_bytes, catalog.in_use_bytes
+        return TierStats(
+            name=name,
+            capacity_bytes=catalog.capacity_bytes,
+            in_use_bytes=in_use_bytes,
+            reusable_bytes=used_bytes - in_use_bytes,
+            free_bytes=catalog.capacity_bytes - used_bytes,
+            num_objects=len(catalog),
+            num_evictions=catalog.num_evictions,
+            misses=self.misses,
+            puts=self.puts,
+        )
 
 
 def _counted(name_to_number: dict[str, int]) -> dict[str, int]:
