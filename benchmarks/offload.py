@@ -1,16 +1,11 @@
 """How much sooner a chat that went down answers than one that is computed anew: memory, disk, a server."""
 
 import os
-import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from socket import AF_INET, SOCK_STREAM, socket
 from statistics import median
 from tempfile import TemporaryDirectory
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,8 +15,8 @@ from benchmarks.shapes import SHAPES, build_model, random_prompt
 from benchmarks.sides import check_mode, exact_model, generated, greedy_for, make_llm
 from kvkeep.llm import LLM
 from kvkeep.tiers import Disk, Host, Remote, Tier, TierSettings
+from tests.servers import RedisServer
 
-_START_S = 10.0
 _EVERYWHERE = ("finished", "reused", "idle", "evicted", "closing")
 
 
@@ -40,13 +35,12 @@ class Settings:
 
 def measure(run: Run, settings: Settings) -> None:
     """Each round computes a chat once, and then takes it back from every tier, the others emptied."""
-    with TemporaryDirectory() as folder, redis_server(Path(folder)) as url:
+    with TemporaryDirectory() as folder, RedisServer(Path(folder)) as server:
         tiers: list[TierSettings] = [
             Host(settings.capacity),
             Disk(Path(folder) / "disk", settings.capacity, write_on=_EVERYWHERE),
+            Remote(server.url, write_on=_EVERYWHERE, timeout_s=10.0),
         ]
-        if url is not None:
-            tiers.append(Remote(url, write_on=_EVERYWHERE, timeout_s=10.0))
         options: dict[str, Any] = {"tiers": tiers, "loading": "always", "idle_s": None}
         _check_tokens(run, settings, options)
         model = build_model(settings.shape, torch.bfloat16)
@@ -118,45 +112,6 @@ def tiers_of(llm: LLM) -> tuple[Tier, ...]:
     below = llm.engine.cache._below
     assert below is not None
     return below.stack.tiers
-
-
-@contextmanager
-def redis_server(folder: Path) -> Iterator[str | None]:
-    """A redis-server of its own on a free port, None where it is not installed."""
-    program = shutil.which("redis-server") or shutil.which("valkey-server")
-    if program is None:
-        yield None
-        return
-    with socket(AF_INET, SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        program,
-        "--port",
-        str(port),
-        "--bind",
-        "127.0.0.1",
-        "--save",
-        "",
-        "--dir",
-        str(folder),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        try:
-            _wait_for(port)
-            yield f"redis://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-
-
-def _wait_for(port: int) -> None:
-    until = perf_counter() + _START_S
-    while perf_counter() < until:
-        with socket(AF_INET, SOCK_STREAM) as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        sleep(0.05)
-    raise TimeoutError(f"redis-server does not answer within {_START_S} s")
 
 
 def _check_tokens(run: Run, settings: Settings, options: dict[str, Any]) -> None:

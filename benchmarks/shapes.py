@@ -81,6 +81,8 @@ SHAPES = {
         _shape("llama-1b", (2048, 16, 32, 8, 64, 8192, 128256), 131072, has_qk_norm=False),
         # Llama-3.1-8B, for its sizes: as many weights in memory are for larger machines.
         _shape("llama-8b", (4096, 32, 32, 8, 128, 14336, 128256), 131072, has_qk_norm=False),
+        # The bundled model.
+        _shape("tiny", (256, 4, 4, 2, 64, 640, 3072), 8192, has_qk_norm=True),
         # So narrow that a forward is almost only Python.
         _shape("thin", (64, 28, 4, 2, 16, 128, 1024), 40960, has_qk_norm=True),
         # For trying the scripts out.

@@ -2,6 +2,7 @@
 
 make bench-peers                                   everything, about half an hour on two cores
 python -m benchmarks.peers.compare --engines openvino llamacpp
+python -m benchmarks.peers.compare --points "first token of 512" "decode 1 x 4096"
 python -m benchmarks.peers.compare --quick         tiny sizes, kvkeep and transformers only
 """
 
@@ -9,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> Report | None:
     """Prepare what is missing, measure, print the table and write it down; None with --prepare-only."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
-    settings = QUICK if options.quick else FULL
+    settings = _chosen(QUICK if options.quick else FULL, options.points)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) if options.quick else options.folder
         prepared, reasons = _prepare(options.engines, settings.shape, folder)
@@ -109,6 +110,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--engines", nargs="+", choices=sorted(ENGINES), help="only these, and kvkeep beside them"
     )
+    parser.add_argument("--points", nargs="+", help="only these, as the table names them")
     parser.add_argument("--budget-minutes", type=float, default=25.0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
@@ -122,6 +124,21 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.results is None and not options.quick:
         options.results = RESULTS / "peers"
     return options
+
+
+def _chosen(settings: Settings, labels: Sequence[str] | None) -> Settings:
+    """The settings with the named points only; exits where a name is unknown."""
+    if labels is None:
+        return settings
+    known = {point.label for stage in settings.stages for point in stage.points}
+    unknown = sorted(set(labels) - known)
+    if unknown:
+        sys.exit(f"--points has {unknown[0]!r}; choose from {', '.join(sorted(known))}")
+    stages = [
+        Stage(tuple(point for point in stage.points if point.label in labels))
+        for stage in settings.stages
+    ]
+    return replace(settings, stages=tuple(stage for stage in stages if stage.points))
 
 
 def with_ours(names: Sequence[str]) -> tuple[str, ...]:

@@ -287,12 +287,13 @@ def test_a_wrong_kernel_is_not_raced(factor: float) -> None:
 
 def test_the_kernel_serves_as_many_rows_as_it_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the first number of rows at which torch is faster; both errors are those of rounding."""
-    ratios = {1: 1.5, 2: 1.4, 4: 1.0, 8: 0.9, 16: 2.0, 32: 2.0}
-    monkeypatch.setattr(linear_trial, "_race", lambda _kernels, _windows, rows: ratios[rows])
+    ratios = {1: 1.5, 2: 1.4, 4: 1.0, 8: 0.9, 16: 2.0, 32: 2.0, 64: 1.0, 128: 1.2, 256: 1.5}
+    monkeypatch.setattr(linear_trial, "_race", lambda _ours, _windows, rows, _rounds: ratios[rows])
 
     choice = try_layers(Recorder(), [nn.Linear(40, 300).bfloat16()])
 
     assert choice.most_rows == 4
+    assert choice.wide_rows == 128
     assert choice.speed_up == 1.5
     assert 0 < choice.error == choice.torch_error < 2**-8
 

@@ -35,7 +35,7 @@ def new_table(*columns: str) -> Table:
 
 def linear_table(linears: "Sequence[LinearChoice]") -> Table:
     """A line for each shape of layer."""
-    table = new_table("outputs × inputs", "layers", "rows", "one row", "error")
+    table = new_table("outputs × inputs", "layers", "rows", "one row", "error", "float32 from")
     for one in linears:
         bias = " + bias" if one.has_bias else ""
         table.add_row(
@@ -44,6 +44,7 @@ def linear_table(linears: "Sequence[LinearChoice]") -> Table:
             str(one.most_rows),
             "-" if one.speed_up is None else f"{one.speed_up:.2g} × torch",
             f"{one.error:.1g}",
+            "-" if one.wide_rows is None else f"{one.wide_rows} rows",
         )
     return table
 

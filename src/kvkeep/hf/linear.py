@@ -1,6 +1,7 @@
-"""Linear layers with few rows: while a step runs, bf16 weights on the CPU are read by kvkeep's own kernel.
+"""Linear layers while a step runs: bf16 weights on the CPU are multiplied in the fastest way there is here.
 
-What a layer computes for a row then depends on that row only, not on how many are computed with it.
+Few rows go to kvkeep's own kernel: what a layer computes for a row then depends on that row only, not on how
+many are computed with it. Many rows are multiplied in float32 where that is faster: see wide_linear.
 
 Legend: X leading dims of x, N outputs, K inputs.
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from kvkeep.hf.hooks import is_running
 from kvkeep.hf.linear_trial import LinearChoice, LinearKernels, LinearTrials, try_layers
+from kvkeep.hf.wide_linear import multiply_wide
 
 __all__ = [
     "LinearChoice",
@@ -35,6 +37,7 @@ class _Route:
 
     kernels: LinearKernels
     most_rows: int
+    wide_rows: int | None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> "_Route":
         """Parametrised layers copy all they hold; kernels are no one's to copy."""
@@ -42,7 +45,7 @@ class _Route:
 
 
 class PagedLinear(nn.Linear):
-    """`nn.Linear` whose few rows go to a kernel while a step runs; at all other times it is as before.
+    """`nn.Linear` that a step computes in the way its route says; at all other times it is as before.
 
     Only `install_linears` makes one, by changing the class of a layer. Copies and pickles of it are plain
     layers: kernels belong to the process that installed them.
@@ -57,7 +60,11 @@ class PagedLinear(nn.Linear):
         if weight is None or not _fits(weight, bias):
             return F.linear(input, self.weight, self.bias)
         num_outputs, num_inputs = weight.shape
-        if not _has_rows(input, num_inputs, route.most_rows):
+        num_rows = _num_rows(input, num_inputs)
+        if num_rows > route.most_rows:
+            is_wide = route.wide_rows is not None and num_rows >= route.wide_rows
+            return multiply_wide(weight, bias, input) if is_wide else F.linear(input, weight, bias)
+        if not num_rows:
             return F.linear(input, weight, bias)
         out_XN = input.new_empty((*input.shape[:-1], num_outputs))
         route.kernels.linear(weight, bias, input.contiguous(), out_XN)
@@ -89,9 +96,9 @@ def install_linears(
         choice = replace(trials[shape], num_layers=len(layers))
         choices.append(choice)
         for layer in layers:
-            if choice.most_rows:
+            if choice.most_rows or choice.wide_rows:
                 layer.__class__ = PagedLinear
-                layer.__dict__[_ROUTE] = _Route(kernels, choice.most_rows)
+                layer.__dict__[_ROUTE] = _Route(kernels, choice.most_rows, choice.wide_rows)
             else:
                 _uninstall(layer)
     return choices
@@ -134,10 +141,8 @@ def _fits(weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _has_rows(x: Tensor, num_inputs: int, most_rows: int) -> bool:
-    return (
-        type(x) is Tensor
-        and x.dtype is torch.bfloat16
-        and x.shape[-1] == num_inputs
-        and 0 < x.numel() <= most_rows * num_inputs
-    )
+def _num_rows(x: Tensor, num_inputs: int) -> int:
+    """The rows of x, 0 where it is not what a kernel can read."""
+    if type(x) is not Tensor or x.dtype is not torch.bfloat16 or x.shape[-1] != num_inputs:
+        return 0
+    return x.numel() // num_inputs

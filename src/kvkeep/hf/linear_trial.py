@@ -6,8 +6,9 @@ up to some number of rows. Both sides read other memory at every call, as in a s
 Legend: M rows of x, X any leading dims of rows together, N outputs, K inputs, R outputs that are compared.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from statistics import median
 from time import perf_counter
@@ -17,10 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvkeep.hf.wide_linear import multiply_wide
+
 __all__ = ["LinearChoice", "LinearKernels", "LinearTrials", "try_layers"]
 
 _ROWS = (1, 2, 4, 8, 16, 32)
 _ROUNDS = 7
+# For many rows, the largest first: each costs milliseconds.
+_WIDE_ROWS = (256, 128, 64)
+_WIDE_ROUNDS = 3
+# A product in float32 must be clearly faster: it also takes memory.
+_WIDE_AT_LEAST = 1.05
 # A large weight is raced in windows: memory, not the cache, must be what both sides wait for.
 _WINDOW_BYTES = 4 << 20
 _NUM_COMPARED = 256
@@ -42,7 +50,8 @@ class LinearKernels(Protocol):
 class LinearChoice:
     """The verdict for the layers of one shape.
 
-    `most_rows` is the largest number of rows up to which the kernel serves them, 0 when torch does. Errors
+    `most_rows` is the largest number of rows up to which the kernel serves them, 0 when torch does. From
+    `wide_rows` rows on they are multiplied in float32, None when that is no faster here. Errors
     are the largest found against a float32 product, relative to its largest output: rounding to bf16 alone
     gives 0.002 to 0.004. `speed_up` is over torch at 1 row, None when a wrong kernel was not raced.
     """
@@ -55,7 +64,11 @@ class LinearChoice:
     error: float
     torch_error: float
     speed_up: float | None
+    wide_rows: int | None = None
 
+
+# A linear layer: weight, bias or None, and rows to the rows of the result.
+Multiply = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 # What trials of the same kernels found, by (outputs, inputs, whether there is a bias).
 LinearTrials = dict[tuple[int, int, bool], LinearChoice]
@@ -67,10 +80,10 @@ def try_layers(kernels: LinearKernels, layers: Sequence[nn.Linear]) -> LinearCho
     weight, bias = layers[0].weight, layers[0].bias
     comparison = _compare(kernels, weight, bias)
     most_rows, speed_up = 0, None
+    windows = cycle(_windows(layers))
     if comparison.is_right:
-        windows = cycle(_windows(layers))
         for num_rows in _ROWS:
-            ratio = _race(kernels, windows, num_rows)
+            ratio = _race(partial(_multiply, kernels), windows, num_rows, _ROUNDS)
             speed_up = speed_up or ratio
             if ratio < 1:
                 break
@@ -84,7 +97,18 @@ def try_layers(kernels: LinearKernels, layers: Sequence[nn.Linear]) -> LinearCho
         error=comparison.error,
         torch_error=comparison.torch_error,
         speed_up=speed_up,
+        wide_rows=_fewest_wide_rows(windows),
     )
+
+
+def _fewest_wide_rows(windows: Iterator[tuple[Tensor, Tensor | None]]) -> int | None:
+    """The fewest rows from which products in float32 are faster than torch's, None where they are not."""
+    fewest = None
+    for num_rows in _WIDE_ROWS:
+        if _race(multiply_wide, windows, num_rows, _WIDE_ROUNDS) < _WIDE_AT_LEAST:
+            break
+        fewest = num_rows
+    return fewest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +131,7 @@ def _compare(kernels: LinearKernels, weight: Tensor, bias: Tensor | None) -> _Co
     is_right, error = True, torch.tensor(0.0)
     largest = exact_MR.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     for num_rows in _ROWS:
-        out_MR = _multiply(kernels, x_MK[:num_rows], weight, bias)[:, chosen_R].float()
+        out_MR = _multiply(kernels, weight, bias, x_MK[:num_rows])[:, chosen_R].float()
         difference_MR = (out_MR - exact_MR[:num_rows]).abs()
         # Written so that NaN is wrong.
         is_right &= bool((difference_MR <= allowed_MR[:num_rows]).all())
@@ -121,18 +145,21 @@ def _compare(kernels: LinearKernels, weight: Tensor, bias: Tensor | None) -> _Co
 
 
 def _race(
-    kernels: LinearKernels, windows: Iterator[tuple[Tensor, Tensor | None]], num_rows: int
+    multiply: Multiply,
+    windows: Iterator[tuple[Tensor, Tensor | None]],
+    num_rows: int,
+    num_rounds: int,
 ) -> float:
-    """How many times longer torch takes than the kernel."""
+    """How many times longer torch takes."""
     ratios = []
-    for number in range(_ROUNDS + 1):
+    for number in range(num_rounds + 1):
         seconds = {}
         for is_ours in (True, False) if number % 2 else (False, True):
             weight, bias = next(windows)
             x_MK = _random_rows(num_rows, weight.shape[1])
             start = perf_counter()
             if is_ours:
-                _multiply(kernels, x_MK, weight, bias)
+                multiply(weight, bias, x_MK)
             else:
                 F.linear(x_MK, weight, bias)
             seconds[is_ours] = perf_counter() - start
@@ -141,7 +168,7 @@ def _race(
     return median(ratios)
 
 
-def _multiply(kernels: LinearKernels, x_MK: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply(kernels: LinearKernels, weight: Tensor, bias: Tensor | None, x_MK: Tensor) -> Tensor:
     out_MN = x_MK.new_empty((x_MK.shape[0], weight.shape[0]))
     kernels.linear(weight, bias, x_MK, out_MN)
     return out_MN
