@@ -12,7 +12,7 @@ from kvkeep.spec import StoredKey
 from kvkeep.tiers.base import Got, Presence
 from kvkeep.tiers.disk import DiskTier
 from kvkeep.tiers.disk_files import ObjectFiles
-from kvkeep.tiers.disk_form import encode_trailer
+from kvkeep.tiers.trailer import encode_tail
 
 _MAKERS = 2
 
@@ -76,7 +76,7 @@ def _make(path: Path, settings: Settings) -> None:
     """The files of a tier, without its books."""
     files = ObjectFiles(str(path), is_durable=False)
     files.make_folders()
-    trailer = encode_trailer(settings.object_bytes, b"")
+    trailer = encode_tail(settings.object_bytes, b"")
 
     for number in range(256):
         (path / "objects" / f"{number:02x}").mkdir()

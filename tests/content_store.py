@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from kvkeep.blocks import Namespace, TokenChain
-from kvkeep.cache import Hierarchy, KVCache, Lease
+from kvkeep.cache import Claim, Hierarchy, KVCache, Lease, Lifetimes
+from kvkeep.config import CacheOptions
 from kvkeep.spec import BlockId, GroupSpec, KVFormat, KVSpec, LayerFormat, LayerKind, Span
 from kvkeep.tiers.stack import Floor, TierStack
 
@@ -86,13 +87,21 @@ class CheckedCache:
         policy: str = "lru",
         floors: Sequence[Floor] = (),
         idle_s: float | None = None,
+        lifetimes: Lifetimes | None = None,
     ) -> None:
         self.spec = spec
         self.store = ContentStore(spec, class_num_blocks)
         self.below = (
             Hierarchy(spec, self.store, TierStack(floors), idle_s=idle_s) if floors else None
         )
-        self.cache = KVCache(spec, class_num_blocks, self.store, policy=policy, below=self.below)
+        self.cache = KVCache(
+            spec,
+            class_num_blocks,
+            self.store,
+            policy=policy,
+            below=self.below,
+            lifetimes=lifetimes,
+        )
         self.ledgers = self.cache._ledgers
 
     def chain(self, token_ids: Sequence[int], salt: str = "") -> TokenChain:
@@ -102,14 +111,20 @@ class CheckedCache:
         return TokenChain(namespace.root_key(), size, token_ids)
 
     def reserve(
-        self, token_ids: Sequence[int], salt: str = "", *, read: bool = True, write: bool = True
+        self,
+        token_ids: Sequence[int],
+        salt: str = "",
+        *,
+        read: bool = True,
+        write: bool = True,
+        claim: Claim | None = None,
     ) -> Lease | None:
         """A lease for the tokens, or None."""
         chain = self.chain(token_ids, salt)
         lookup = self.cache.look_up(chain) if read else None
         while True:
             self.settle()
-            lease = self.cache.reserve(chain, read=read, write=write, lookup=lookup)
+            lease = self.cache.reserve(chain, read=read, write=write, lookup=lookup, claim=claim)
             self.settle()
             if lease is None or not lease.failed:
                 return lease
@@ -122,9 +137,32 @@ class CheckedCache:
             self.cache.wait(1.0)
             self.cache.poll()
 
-    def begin(self, token_ids: Sequence[int], salt: str = "") -> Lease:
+    def serve(
+        self, token_ids: Sequence[int], options: CacheOptions, num_tokens: int = 10**6
+    ) -> int:
+        """A request from its arrival to its end, so many tokens a step; the tokens that it computed."""
+        chain = self.chain(token_ids, options.salt or "")
+        claim = self.cache.open_claim(options, chain)
+        lease = self.begin(
+            token_ids, options.salt or "", read=options.read, write=options.write, claim=claim
+        )
+        num_pending = lease.num_pending
+        assert self.finish(lease, num_tokens)
+        lease.release()
+        self.cache.close_claim(claim, lease.chain)
+        return num_pending
+
+    def begin(
+        self,
+        token_ids: Sequence[int],
+        salt: str = "",
+        *,
+        read: bool = True,
+        write: bool = True,
+        claim: Claim | None = None,
+    ) -> Lease:
         """A lease that must be had, and has what it will read."""
-        lease = self.reserve(token_ids, salt)
+        lease = self.reserve(token_ids, salt, read=read, write=write, claim=claim)
         assert lease is not None
         self.check_lease(lease)
         return lease

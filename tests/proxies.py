@@ -87,7 +87,10 @@ def wire_proxy(target_port: int) -> Iterator[WireProxy]:
 
 
 class StoreProxy(ThreadingHTTPServer):
-    """Forwards HTTP requests to an object store, or answers them as an overloaded one does."""
+    """Forwards HTTP requests to an object store, or answers them as an overloaded one does.
+
+    Parts of objects have the status that is theirs, which `rclone serve s3` does not give them.
+    """
 
     daemon_threads = True
     block_on_close = False
@@ -101,6 +104,7 @@ class StoreProxy(ThreadingHTTPServer):
         self.delay_s = 0.0
         # Bodies of replies end after so many bytes, and the connection with them.
         self.max_body_bytes: int | None = None
+        self.num_body_bytes = 0
         self.lock = Lock()
 
     @property
@@ -146,7 +150,8 @@ class _Forwarder(BaseHTTPRequestHandler):
             connection.close()
 
     def _reply(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
-        self.send_response(status)
+        is_part = any(name.lower() == "content-range" for name, _ in headers)
+        self.send_response(206 if is_part and status == 200 else status)
         skipped = {"transfer-encoding", "connection", "date", "server"}
         has_length = False
         for name, value in headers:
@@ -162,6 +167,8 @@ class _Forwarder(BaseHTTPRequestHandler):
             self.close_connection = True
         elif self.command != "HEAD":
             self.wfile.write(body)
+            with self.server.lock:
+                self.server.num_body_bytes += len(body)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer
 

@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvkeep.cache import Receipt
-    from kvkeep.config import CacheOptions, SamplingParams
+    from kvkeep.cache import PurgeReceipt, Receipt, Selector
+    from kvkeep.config import CacheOptions, SamplingParams, TagSpan
     from kvkeep.errors import (
         CapacityError,
         CodecError,
@@ -37,10 +37,13 @@ __all__ = [
     "Coverage",
     "KVKeepError",
     "KeepCache",
+    "PurgeReceipt",
     "Receipt",
     "RequestError",
     "SamplingError",
     "SamplingParams",
+    "Selector",
+    "TagSpan",
     "TierError",
     "UnsupportedModelError",
     "__version__",
@@ -56,10 +59,13 @@ _NAME_TO_MODULE = {
     "Coverage": "kvkeep.planning",
     "KVKeepError": "kvkeep.errors",
     "KeepCache": "kvkeep.hf.generate_cache",
+    "PurgeReceipt": "kvkeep.cache",
     "Receipt": "kvkeep.cache",
     "RequestError": "kvkeep.errors",
     "SamplingError": "kvkeep.errors",
     "SamplingParams": "kvkeep.config",
+    "Selector": "kvkeep.cache",
+    "TagSpan": "kvkeep.config",
     "TierError": "kvkeep.errors",
     "UnsupportedModelError": "kvkeep.errors",
 }

@@ -1,12 +1,13 @@
 """The three-line offline API: load, generate, look at what the cache did."""
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
 import torch
 
+from kvkeep.cache import Receipt
 from kvkeep.config import CacheOptions, EngineSettings, SamplingParams
 from kvkeep.config.tier_tables import parse_tier
 from kvkeep.engine import Choice, Engine, Output, Piece
@@ -60,7 +61,7 @@ class LLM:
             tokenizer=cast("TokenDecoder | None", loaded.tokenizer),
             eos_ids=loaded.eos_ids,
         )
-        self.cache = PromptCache(self.engine)
+        self.cache = PromptCache(self.engine, _warmer(weakref.ref(self)))
         self._inboxes: dict[RequestId, list[Piece]] = {}
         # Also when the process ends; the engine knows nothing of its LLM, or this would keep both.
         self._finish = weakref.finalize(self, self.engine.close)
@@ -238,6 +239,18 @@ class Stream(Iterator[Piece]):
 
     def __del__(self) -> None:
         self.close()
+
+
+def _warmer(of: "weakref.ref[LLM]") -> Callable[[Sequence[int], CacheOptions], Receipt]:
+    """Computes prompts without output; knows the LLM only as long as somebody else does."""
+
+    def compute(token_ids: Sequence[int], options: CacheOptions) -> Receipt:
+        llm = of()
+        assert llm is not None, "the cache is asked through its LLM"
+        params = SamplingParams(max_tokens=0)
+        return llm.generate([list(token_ids)], params, cache=options)[0].receipt
+
+    return compute
 
 
 def _settings(settings: EngineSettings | None, options: dict[str, Any]) -> EngineSettings:

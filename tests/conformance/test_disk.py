@@ -47,6 +47,55 @@ def test_a_new_object_is_written_over_an_evicted_one(tmp_path: Path, new_bytes: 
         assert [path.name for path in tier.folder.glob("partial/*/*")] == ["alive"]
 
 
+def test_labels_are_written_in_place_while_they_fit(tmp_path: Path) -> None:
+    """No copy of the object is made, and all is the same when it is opened again, also without its index."""
+    with DiskTier(tmp_path / "cache", 10 << 20) as tier:
+        store_object(tier, key_of(1), 28_672, b"first")
+        (path,) = tier.folder.glob("objects/*/*")
+        inode = path.stat().st_ino
+        for labels in (b"second" * 100, b"third"):
+            assert tier.relabel(key_of(1), labels)
+            assert path.stat().st_ino == inode
+        assert tier.relabel(key_of(1), bytes(5000))
+        assert path.stat().st_ino != inode
+        assert tier.relabel(key_of(1), b"last")
+        used_bytes = tier.used_bytes
+        assert (
+            used_bytes == tier._shelf.ledger.total_bytes == -(-path.stat().st_size // 4096) * 4096
+        )
+        assert tier.verify().is_clean
+
+    for name in ("index.sqlite", "index.sqlite-wal", "index.sqlite-shm"):
+        (tmp_path / "cache" / name).unlink(missing_ok=True)
+    with DiskTier(tmp_path / "cache", 10 << 20) as tier:
+        assert [item.labels for item in tier.labelled()] == [b"last"]
+        assert read_object(tier, key_of(1), 28_672) == content_of(key_of(1), 28_672)
+        assert tier.used_bytes == used_bytes
+
+
+def test_all_labels_are_those_of_the_files(tmp_path: Path) -> None:
+    """What the index does not know yet is in a listing all the same: files, labels, and what has gone."""
+    with DiskTier(tmp_path / "cache", 10 << 20) as tier:
+        for number in range(300):
+            store_object(tier, key_of(number), 100, b"old")
+    kept = {path: path.read_bytes() for path in (tmp_path / "cache").glob("index.sqlite*")}
+    with DiskTier(tmp_path / "cache", 10 << 20) as tier:
+        for number in range(50):
+            tier.relabel(key_of(number), b"new")
+        tier.delete([key_of(number) for number in range(50, 100)])
+        store_object(tier, key_of(1000), 100, b"added")
+    for path, content in kept.items():
+        path.write_bytes(content)
+
+    with DiskTier(tmp_path / "cache", 10 << 20) as tier:
+        labels = {item.key: item.labels for item in tier.labelled()}
+
+    expected = {key_of(number): b"new" if number < 50 else b"old" for number in range(300)}
+    for number in range(50, 100):
+        del expected[key_of(number)]
+    assert labels == {**expected, key_of(1000): b"added"}
+
+
 def test_any_number_of_objects_can_go_at_once(tmp_path: Path) -> None:
     """Few files are open at a time, however many are deleted, or evicted for one large object."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -86,7 +86,7 @@ def test_a_put_waits_for_pages_that_are_being_shown() -> None:
     """Room that another put has made, and not used, may still be in the hands of `on_evict`."""
     shown, go_on = Event(), Event()
 
-    def spill(key: StoredKey, parts: Sequence[memoryview]) -> None:
+    def spill(key: StoredKey, parts: Sequence[memoryview], labels: bytes) -> None:
         before = b"".join(parts)
         shown.set()
         assert go_on.wait(30)
@@ -111,7 +111,7 @@ def test_a_put_waits_for_pages_that_are_being_shown() -> None:
 def test_a_spill_that_raises_loses_no_room() -> None:
     """Its error reaches who put; victims are gone, and their pages are free."""
 
-    def spill(key: StoredKey, parts: Sequence[memoryview]) -> None:
+    def spill(key: StoredKey, parts: Sequence[memoryview], labels: bytes) -> None:
         raise LookupError("nowhere to spill")
 
     with HostTier(8 * PAGE) as tier:

@@ -9,8 +9,18 @@ import pytest
 from kvkeep.errors import ConfigError
 from kvkeep.testing.tier_contents import content_of, key_of, read_object, store_object
 from kvkeep.testing.tier_suite import TierSuite
-from kvkeep.tiers.base import Miss, MissCause, Presence, PutOutcome, StoredObject, Tier
+from kvkeep.tiers.base import (
+    Labelled,
+    Miss,
+    MissCause,
+    Presence,
+    PutOutcome,
+    StoredObject,
+    Tier,
+)
 from kvkeep.tiers.objects import ObjectTier
+from kvkeep.tiers.trailer import encode_tail
+from tests.proxies import store_proxy
 from tests.servers import S3_ACCESS_KEY, S3_SECRET_KEY, RcloneServer
 
 obstore = pytest.importorskip("obstore")
@@ -55,6 +65,47 @@ def test_an_object_is_one_object_of_the_store(server: RcloneServer) -> None:
 
         assert path.read_bytes() == content_of(key_of(1), 1000)
         assert list(tier.objects()) == [StoredObject(key_of(1), 1000)]
+
+
+def test_labels_are_behind_the_object(server: RcloneServer) -> None:
+    """In the same object of the store; the lengths that are listed are those without them."""
+    with open_tier(server, "labels", num_connections=2) as tier:
+        for number in range(100):
+            store_object(tier, key_of(number), number, b"tag" * (number % 3) ** 9)
+        path = server.path_of("bucket", f"labels/{key_of(8).hex()}")
+
+        assert path.read_bytes() == content_of(key_of(8), 8) + encode_tail(8, b"tag" * 512)
+        expected = {
+            Labelled(key_of(number), number, b"tag" * (number % 3) ** 9) for number in range(100)
+        }
+        assert set(tier.labelled()) == expected
+        assert {item.num_bytes for item in tier.objects()} == set(range(100))
+        assert tier.find([key_of(1)]) == [Presence.PRESENT]
+        assert not tier.relabel(key_of(1), b"other")
+
+
+def test_only_the_ends_of_objects_are_read_for_labels(server: RcloneServer) -> None:
+    """Of a megabyte each some hundred bytes; more only where labels are longer."""
+    with (
+        store_proxy(server.port) as proxy,
+        ObjectTier(
+            "s3://bucket/ends",
+            endpoint=proxy.endpoint,
+            access_key=S3_ACCESS_KEY,
+            secret_key=S3_SECRET_KEY,
+            timeout_s=30.0,
+        ) as tier,
+    ):
+        labels = [b"", b"tag", bytes(488), bytes(489), bytes(20_000)]
+        for number, some in enumerate(labels):
+            store_object(tier, key_of(number), 1_000_000, some)
+        before = proxy.num_body_bytes
+
+        assert [tier.labels(key_of(number)) for number in range(5)] == labels
+        assert {item.labels for item in tier.labelled()} == set(labels)
+        assert {item.num_bytes for item in tier.objects()} == {1_000_000}
+
+        assert proxy.num_body_bytes - before < 60_000
 
 
 def test_many_keys_are_found_by_listing_or_one_by_one(server: RcloneServer) -> None:

@@ -1,20 +1,25 @@
 """RESP servers as tiers: each way to reach one passes the whole suite of tiers."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from zlib import crc32
 
 import pytest
 
-from kvkeep.testing.tier_contents import content_of, key_of, read_object, store_object
+from kvkeep.testing.tier_contents import content_of, cut, key_of, read_object, store_object
 from kvkeep.testing.tier_suite import TierSuite
-from kvkeep.tiers.base import Miss, MissCause, Presence, PutOutcome, Tier
+from kvkeep.tiers.base import Got, Miss, MissCause, Presence, PutOutcome, Tier
+from kvkeep.tiers.deadlines import Deadline
 from kvkeep.tiers.resp import RespTier
+from kvkeep.tiers.resp_protocol import encode
+from kvkeep.tiers.resp_transport import Patch
+from kvkeep.tiers.stored_value import ROOM_BYTES
 from tests.servers import RedisServer, make_certificates, redis_cluster
 
 _USER_RULES = (
     "on >pw ~kvkeep-test:* resetchannels -@all +get +set +strlen +unlink +exists +touch +pexpire"
-    " +scan +ping +hello +client|setname"
+    " +getrange +setrange +eval +scan +ping +hello +client|setname"
 )
 
 
@@ -133,13 +138,93 @@ def test_objects_expire_on_the_server(server: RedisServer, client: str) -> None:
         assert store_object(tier, key_of(1), 100) is PutOutcome.STORED
 
 
-def test_an_object_is_one_key_with_nothing_around_it(server: RedisServer) -> None:
-    """What other tools read under the key are the object's bytes."""
-    with RespTier(f"{server.url}/4", timeout_s=20.0) as tier:
-        store_object(tier, key_of(1), 1000)
+@pytest.mark.parametrize("client", ["sockets", "glide"])
+def test_an_object_and_its_labels_are_one_key(server: RedisServer, client: str) -> None:
+    """One key, so that both expire and are evicted together; other labels leave its time to live alone."""
+    if client == "glide":
+        pytest.importorskip("glide_sync")
+    url, name = f"{server.url}/4?client={client}", f"kvkeep:{key_of(1).hex()}"
+    server.run("-n", "4", "FLUSHDB")
+    with RespTier(url, timeout_s=20.0, ttl_s=1000) as tier:
+        content = memoryview(content_of(key_of(1), 1000))
+        tier.put(key_of(1), [content], 1000, b"tags")
 
         assert server.run("-n", "4", "DBSIZE") == "1"
-        assert server.run("-n", "4", "STRLEN", f"kvkeep:{key_of(1).hex()}") == "1000"
+        assert server.run("-n", "4", "STRLEN", name) == str(1000 + ROOM_BYTES)
+        assert server.run("-n", "4", "GETRANGE", name, "1484", "1487") == "tags"
+        server.run("-n", "4", "PEXPIRE", name, "5000")
+        assert tier.relabel(key_of(1), b"other tags")
+        assert 0 < int(server.run("-n", "4", "PTTL", name)) <= 5000
+        assert not tier.relabel(key_of(2), b"ghost")
+        assert server.run("-n", "4", "DBSIZE") == "1"
+
+
+@pytest.mark.parametrize("client", ["sockets", "glide"])
+def test_a_patch_makes_no_value(server: RedisServer, client: str) -> None:
+    """Not of a key that is gone, whatever length was thought of; nor into a value of another length."""
+    if client == "glide":
+        pytest.importorskip("glide_sync")
+    server.run("-n", "7", "FLUSHDB")
+    server.run("-n", "7", "SET", "there", "0123456789")
+    with RespTier(f"{server.url}/7?client={client}", timeout_s=20.0) as tier:
+        patches = [
+            Patch(b"gone", 0, 0, b"ghost"),
+            Patch(b"gone", 10, 6, b"ghost"),
+            Patch(b"there", 9, 6, b"wrong"),
+            Patch(b"there", 10, 6, b"right"),
+        ]
+
+        results = tier._transport.patch_many(patches, Deadline(20.0))
+
+        assert [result.outcome for result in results] == [PutOutcome.REFUSED] * 3 + [
+            PutOutcome.STORED
+        ]
+        assert server.run("-n", "7", "DBSIZE") == "1"
+        assert server.run("-n", "7", "GET", "there") == "012345right"
+
+
+def test_a_user_who_may_not_replace_labels_can_do_all_else(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once; labels of a put are kept."""
+    rules = [word for word in _USER_RULES.split() if word not in ("+eval", "+setrange")]
+    server.run("ACL", "SETUSER", "reader", *rules)
+    url = f"redis://reader:pw@127.0.0.1:{server.port}"
+    with RespTier(url, key_prefix="kvkeep-test:reader:", timeout_s=20.0) as tier:
+        for number in range(3):
+            store_object(tier, key_of(number), 100, b"tag")
+
+        assert not any(tier.relabel(key_of(number), b"other") for number in range(3))
+        assert {item.labels for item in tier.labelled()} == {b"tag"}
+        assert ["takes no labels" in message for message in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize("client", ["sockets", "glide"])
+def test_values_of_before_are_objects_without_labels(server: RedisServer, client: str) -> None:
+    """Short and long ones, beside some that have labels of all lengths."""
+    if client == "glide":
+        pytest.importorskip("glide_sync")
+    url, sizes = f"{server.url}/6?client={client}", [9_700, 300_000, 999_900]
+    server.run("-n", "6", "FLUSHDB")
+    with (
+        RespTier(url, timeout_s=20.0) as tier,
+        socket.create_connection(("127.0.0.1", server.port)) as wire,
+    ):
+        wire.sendall(encode(b"SELECT", b"6"))
+        for number, num_bytes in enumerate(sizes):
+            name = f"kvkeep:{key_of(number).hex()}".encode()
+            wire.sendall(encode(b"SET", name, content_of(key_of(number), num_bytes)))
+        while len(list(tier.objects())) < len(sizes):
+            pass
+
+        for labels in (b"", b"tag", bytes(2000), bytes(200_000)):
+            for number, num_bytes in enumerate(sizes):
+                key, buffer = key_of(number), bytearray(num_bytes)
+                assert not labels or tier.relabel(key, labels)
+                found = tier.get(key, cut(buffer, [num_bytes // 3]))
+                assert found == Got(num_bytes, labels)
+                assert bytes(buffer) == content_of(key, num_bytes)
+        assert {item.num_bytes for item in tier.objects()} == set(sizes)
 
 
 @pytest.mark.parametrize("kind", ["server", "tls_server"])

@@ -171,8 +171,8 @@ class Campaign:
             key = key_of(int(numbers[0]))
             known = self._known[key]
             match letter:
-                case b"p":
-                    known.states |= {b""} if None in known.states else set()
+                case b"p" if None in known.states:
+                    known.states |= {labels_of(key, int(numbers[1]))}
                 case b"P":
                     known.states.discard(None)
                 case b"l" if known.states != {None}:

@@ -52,8 +52,10 @@ class Worker:
     def _put(self, number: int) -> None:
         key, num_bytes = key_of(number), size_of(number)
         parts = cut(content_of(key, num_bytes), [num_bytes // 3, num_bytes // 2])
-        self._say(b"p %d\n" % number)
-        outcome = self._tier.put(key, iter(parts) if number % 2 else parts, num_bytes)
+        labels = self._chooser.randrange(1000)
+        self._say(b"p %d %d\n" % (number, labels))
+        source = iter(parts) if number % 2 else parts
+        outcome = self._tier.put(key, source, num_bytes, labels_of(key, labels))
         assert outcome is not PutOutcome.FAILED
         if outcome in (PutOutcome.STORED, PutOutcome.PRESENT):
             self._say(b"P %d\n" % number)

@@ -12,15 +12,15 @@ from kvkeep.spec import StoredKey
 from kvkeep.testing.tier_contents import content_of, key_of, read_object, store_object
 from kvkeep.tiers.base import Miss, MissCause, Presence, PutOutcome
 from kvkeep.tiers.disk import DiskTier
-from kvkeep.tiers.disk_form import encode_trailer
 from kvkeep.tiers.reading import Verified, read_block, stored_parts
 from kvkeep.tiers.stored_form import HEADER_PAGE, StoredHeader, checksum, encode_header
+from kvkeep.tiers.trailer import encode_tail
 
 BLOCK_SIZE = 32
 PAYLOAD_BYTES = 20_480
 OBJECT_BYTES = HEADER_PAGE + PAYLOAD_BYTES
 LABELS = b"session 7, doc 77"
-TRAILER_BYTES = len(encode_trailer(OBJECT_BYTES, b""))
+TRAILER_BYTES = len(encode_tail(OBJECT_BYTES, b""))
 
 
 def header_of(number: int) -> StoredHeader:
@@ -111,7 +111,7 @@ def test_a_flipped_bit_is_found_out(tmp_path: Path, region: str) -> None:
 def test_a_flipped_bit_in_labels_is_found_out_when_they_are_read(
     tmp_path: Path, is_index_lost: bool
 ) -> None:
-    """Labels decide what is purged: what has wrong ones is not kept, with or without an index."""
+    """Labels decide what is purged: what has wrong ones is neither kept nor got, with or without an index."""
     num_tail, chooser = len(LABELS) + TRAILER_BYTES, random.Random(1)
     with DiskTier(tmp_path / "cache", 1 << 24) as tier:
         for number in range(num_tail):
@@ -123,8 +123,10 @@ def test_a_flipped_bit_in_labels_is_found_out_when_they_are_read(
 
     with DiskTier(tmp_path / "cache", 1 << 24) as tier:
         if not is_index_lost:
-            # The object's own bytes are right.
-            assert isinstance(read(tier, 0), Verified)
+            # The object's own bytes are right, and nobody can tell whether it may still be used.
+            found = read(tier, 0)
+            assert isinstance(found, Miss)
+            assert found.cause is MissCause.CORRUPT
         assert tier.wait_until_verified(30)
         report = tier.verify()
 

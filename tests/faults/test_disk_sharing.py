@@ -110,6 +110,26 @@ def test_each_learns_of_the_others_objects(tiers: tuple[DiskTier, DiskTier]) -> 
     assert first.used_bytes == first._shelf.ledger.total_bytes == 3 * TAKEN_BYTES
 
 
+def test_new_labels_come_with_the_next_get_of_the_other(tiers: tuple[DiskTier, DiskTier]) -> None:
+    """A get reads them from the file; what the other holds, or reads, it holds on to."""
+    first, second = tiers
+    buffer = memoryview(bytearray(NUM_BYTES))
+    store_object(first, key_of(1), NUM_BYTES, b"first")
+    assert second.hold([key_of(1)]) == [True]
+
+    for labels in (b"other", b"much longer" * 50, bytes(9000), b""):
+        assert first.relabel(key_of(1), labels)
+        assert second.get(key_of(1), [buffer]) == Got(NUM_BYTES, labels)
+        wait_until(lambda: second.labels(key_of(1)) == labels)  # noqa: B023
+
+    assert second.stats().in_use_bytes == second.used_bytes == TAKEN_BYTES
+    for number in range(100, 140):
+        store_object(second, key_of(number), NUM_BYTES)
+    assert second.find([key_of(1)]) == [Presence.PRESENT]
+    second.let_go([key_of(1)])
+    assert second.stats().in_use_bytes == 0
+
+
 def test_both_put_the_same_object(tiers: tuple[DiskTier, DiskTier]) -> None:
     """It is there once, and counted once, also when both wrote it at the same time."""
     first, second = tiers

@@ -197,6 +197,25 @@ def test_a_copy_takes_room_while_it_is_made() -> None:
     assert (catalog.used_bytes, catalog.in_use_bytes) == (16, 16)
 
 
+def test_what_is_held_and_read_goes_with_its_last_reader() -> None:
+    """A delete ends a hold; who reads goes on, and then the place is free."""
+    freed: list[StoredObject] = []
+    catalog = catalog_of(30, A, B, freed=freed)
+    assert catalog.hold([A, B, C]) == [True, True, False]
+    catalog.acquire(A)
+    assert catalog.in_use_bytes == 20
+
+    assert catalog.delete([A, B]) == 2
+
+    assert freed == [StoredObject(B, 10)]
+    assert catalog.hold([A]) == [False]
+    catalog.let_go([A])
+    assert catalog.in_use_bytes == 10
+    catalog.release(A)
+    assert freed == [StoredObject(B, 10), StoredObject(A, 10)]
+    assert (catalog.used_bytes, catalog.in_use_bytes) == (0, 0)
+
+
 @dataclass
 class Model:
     """The same by the plainest means: dicts, and a list in order of use."""
@@ -205,6 +224,10 @@ class Model:
     in_flight: dict[StoredKey, int] = field(default_factory=dict)
     complete: dict[StoredKey, int] = field(default_factory=dict)
     order: list[StoredKey] = field(default_factory=list)
+    held: set[StoredKey] = field(default_factory=set)
+
+    def in_use(self) -> int:
+        return sum(self.in_flight.values()) + sum(self.complete[key] for key in self.held)
 
     def used(self) -> int:
         return sum(self.in_flight.values()) + sum(self.complete.values())
@@ -212,7 +235,7 @@ class Model:
     def begin(self, key: StoredKey, num_bytes: int) -> list[StoredKey] | None:
         if key in self.in_flight or key in self.complete:
             return None
-        if num_bytes > self.capacity - sum(self.in_flight.values()):
+        if num_bytes > self.capacity - self.in_use():
             return None
         gone = []
         while self.used() + num_bytes > self.capacity:
@@ -222,9 +245,25 @@ class Model:
         return gone
 
     def use(self, key: StoredKey) -> None:
-        if key in self.complete:
+        if key in self.complete and key not in self.held:
             self.order.remove(key)
             self.order.append(key)
+
+    def hold(self, key: StoredKey) -> bool:
+        if key in self.complete and key not in self.held:
+            self.held.add(key)
+            self.order.remove(key)
+        return key in self.held
+
+    def let_go(self, key: StoredKey) -> None:
+        if key in self.held:
+            self.held.remove(key)
+            self.order.append(key)
+
+    def delete(self, key: StoredKey) -> None:
+        self.let_go(key)
+        del self.complete[key]
+        self.order.remove(key)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -235,7 +274,7 @@ def test_it_does_what_the_plainest_model_does(seed: int) -> None:
     catalog, model = Catalog(100, LRU()), Model(100)
     for _ in range(400):
         key = chooser.choice(keys)
-        match chooser.randrange(6):
+        match chooser.randrange(8):
             case 0 | 1:
                 num_bytes = chooser.randrange(1, 60)
                 gone, admission = model.begin(key, num_bytes), catalog.begin(key, num_bytes)
@@ -254,8 +293,12 @@ def test_it_does_what_the_plainest_model_does(seed: int) -> None:
                 model.use(key)
             case 5 if key in model.complete:
                 assert catalog.delete([key]) == 1
-                del model.complete[key]
-                model.order.remove(key)
+                model.delete(key)
+            case 6:
+                assert catalog.hold([key]) == [model.hold(key)]
+            case 7:
+                catalog.let_go([key])
+                model.let_go(key)
         assert catalog.used_bytes == model.used() <= 100
-        assert catalog.in_use_bytes == sum(model.in_flight.values())
+        assert catalog.in_use_bytes == model.in_use()
         assert {item.key for item in catalog.objects()} == model.complete.keys()

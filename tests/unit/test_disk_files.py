@@ -1,6 +1,7 @@
 """Files of objects: their form, and how they are written, read, copied and removed."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,13 @@ from kvkeep.testing.tier_contents import content_of, cut, key_of
 from kvkeep.tiers.disk_files import ObjectFiles
 from kvkeep.tiers.disk_form import (
     FileForm,
-    encode_trailer,
     file_bytes,
     key_of_name,
     name_of_key,
     read_form,
     taken_bytes,
 )
+from kvkeep.tiers.trailer import encode_tail
 
 KEY = key_of(1)
 
@@ -39,7 +40,7 @@ def temporary(files: ObjectFiles) -> str:
 def write(files: ObjectFiles, key: StoredKey, num_bytes: int, labels: bytes = b"") -> int:
     """Make the object's file; its stamp."""
     path = temporary(files)
-    stamp = files.write(path, [memoryview(content_of(key, num_bytes))], num_bytes)
+    stamp = files.write(path, [memoryview(content_of(key, num_bytes))], num_bytes, b"")
     assert stamp is not None
     files.rename(path, key)
     if labels:
@@ -51,7 +52,7 @@ def write(files: ObjectFiles, key: StoredKey, num_bytes: int, labels: bytes = b"
 
 def test_the_bytes_of_a_file() -> None:
     """The trailer is what the docstring says, so that other programs can read it."""
-    trailer = encode_trailer(5, b"ab")
+    trailer = encode_tail(5, b"ab")
 
     assert trailer[:2] == b"ab"
     assert trailer[2:10] == (5).to_bytes(8, "little")
@@ -76,7 +77,7 @@ def test_a_file_says_what_it_is(files: ObjectFiles, labels: bytes) -> None:
     assert files.form(KEY) == FileForm(7001, labels, stamp)
     assert Path(files.path(KEY)).stat().st_size == file_bytes(7001, len(labels))
     buffer = bytearray(7001)
-    assert files.read(KEY, cut(buffer, [5, 5, 4000]), 7001)
+    assert files.read(KEY, cut(buffer, [5, 5, 4000]), 7001) == labels
     assert bytes(buffer) == content_of(KEY, 7001)
 
 
@@ -101,8 +102,8 @@ def test_reading_stops_at_the_end_of_a_file(files: ObjectFiles) -> None:
     write(files, KEY, 5000)
     os.truncate(files.path(KEY), 3000)
 
-    assert not files.read(KEY, [memoryview(bytearray(5000))], 5000)
-    assert not files.read(KEY, cut(bytearray(5000), range(5000)), 5000)
+    assert files.read(KEY, [memoryview(bytearray(5000))], 5000) is None
+    assert files.read(KEY, cut(bytearray(5000), range(5000)), 5000) is None
     with pytest.raises(FileNotFoundError):
         files.read(key_of(2), [memoryview(bytearray(10))], 10)
 
@@ -124,7 +125,7 @@ def test_writes_and_reads_that_the_system_cuts_short(
     write(files, KEY, 10_000)
     buffer = bytearray(10_000)
 
-    assert files.read(KEY, cut(buffer, [100, 100, 4000]), 10_000)
+    assert files.read(KEY, cut(buffer, [100, 100, 4000]), 10_000) is not None
     assert bytes(buffer) == content_of(KEY, 10_000)
     assert files.form(KEY) is not None
 
@@ -138,7 +139,7 @@ def test_a_source_may_use_its_memory_again(files: ObjectFiles) -> None:
             memory[:] = bytes([number]) * 1000
             yield memoryview(memory)
 
-    assert files.write(temporary(files), parts(), 5000) is not None
+    assert files.write(temporary(files), parts(), 5000, b"") is not None
     content = Path(temporary(files)).read_bytes()
     assert content[:5000] == b"".join(bytes([number]) * 1000 for number in range(5))
 
@@ -159,13 +160,76 @@ def test_a_file_is_copied_where_the_system_cannot(
 
     assert form is not None
     assert form.labels == b"tag"
-    assert files.read(KEY, [memoryview(buffer)], 3_000_000)
+    assert files.read(KEY, [memoryview(buffer)], 3_000_000) is not None
     assert bytes(buffer) == content_of(KEY, 3_000_000)
     os.truncate(files.path(KEY), 2_000_000)
     assert files.copy(KEY, temporary(files), 3_000_000, b"") is None
     number = errno.EIO
     with pytest.raises(OSError, match="no such call"):
         files.copy(KEY, temporary(files), 3_000_000, b"")
+
+
+@pytest.mark.parametrize("num_bytes", [4096, 8000, 12_200])
+def test_labels_that_fit_are_written_into_the_file(files: ObjectFiles, num_bytes: int) -> None:
+    """Shorter and longer ones, while the file stays in its block; each is what the file says afterwards."""
+    write(files, KEY, num_bytes, b"first")
+    before = Path(files.path(KEY)).stat()
+
+    for labels in (b"other", b"", b"longer" * 5, b"x"):
+        stamp = files.relabel(KEY, num_bytes, labels)
+        assert stamp is not None
+        assert files.form(KEY) == FileForm(num_bytes, labels, stamp)
+        buffer = bytearray(num_bytes)
+        assert files.read(KEY, [memoryview(buffer)], num_bytes) == labels
+        assert bytes(buffer) == content_of(KEY, num_bytes)
+
+    after = Path(files.path(KEY)).stat()
+    assert after.st_ino == before.st_ino
+    assert after.st_size == file_bytes(num_bytes, len(b"longer" * 5))
+
+
+def test_labels_that_do_not_fit_take_a_copy(files: ObjectFiles) -> None:
+    """One write must not cross the end of a block, and a file that is not whole has no place for any."""
+    write(files, KEY, 4000, b"first")
+    content = Path(files.path(KEY)).read_bytes()
+
+    assert files.relabel(KEY, 4000, bytes(73)) is None
+    assert Path(files.path(KEY)).read_bytes() == content
+    assert files.relabel(KEY, 4000, bytes(72)) is not None
+    os.truncate(files.path(KEY), 4010)
+    assert files.relabel(KEY, 4000, b"tag") is None
+    with pytest.raises(FileNotFoundError):
+        files.relabel(key_of(2), 10, b"")
+
+
+def test_labels_are_not_written_beside_another_process(files: ObjectFiles) -> None:
+    """Who holds the file's lock is about to write there."""
+    write(files, KEY, 5000)
+
+    with Path(files.path(KEY)).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert files.relabel(KEY, 5000, b"tag") is None
+    assert files.relabel(KEY, 5000, b"tag") is not None
+
+
+def test_who_reads_half_written_labels_reads_again(
+    files: ObjectFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not whole now may be so a moment later; what stays so is not whole."""
+    write(files, KEY, 5000, b"first")
+    path, buffer = Path(files.path(KEY)), bytearray(5000)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"first", b"fiNEW"))
+    pauses: list[float] = []
+
+    def heal(pause_s: float) -> None:
+        pauses.append(pause_s)
+        path.write_bytes(whole)
+
+    monkeypatch.setattr("kvkeep.tiers.disk_form.sleep", heal)
+
+    assert files.read(KEY, [memoryview(buffer)], 5000) == b"first"
+    assert len(pauses) == 1
 
 
 def test_stamps_are_all_different(files: ObjectFiles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def test_a_hanging_call_waits_for_its_release(lets_go: str) -> None:
     if lets_go == "release":
         assert found == [content_of(key_of(0), SIZE)]
         assert read_object(tier, key_of(0), SIZE) == content_of(key_of(0), SIZE)
-        tier.hold()
+        tier.hang_again()
         thread = Thread(target=lambda: found.append(read_object(tier, key_of(0), SIZE)))
         thread.start()
         while not tier.num_hanging and monotonic() < until:

@@ -54,18 +54,19 @@ def test_every_outcome_is_told_and_counted() -> None:
 def test_what_goes_is_shown_with_its_length() -> None:
     """The least recently used goes first, and is no longer there when its place is taken."""
     tier = PhantomTier(10, policy=LRU())
-    shown: list[tuple[StoredKey, int]] = []
+    shown: list[tuple[StoredKey, int, bytes]] = []
 
-    def show(key: StoredKey, parts: Sequence[memoryview]) -> None:
-        shown.append((key, sum(part.nbytes for part in parts)))
+    def show(key: StoredKey, parts: Sequence[memoryview], labels: bytes) -> None:
+        shown.append((key, sum(part.nbytes for part in parts), labels))
 
     tier.on_evict = show
     put(tier, A, 4)
     put(tier, B, 5)
+    tier.relabel(B, b"tag")
     tier.get(A, [phantom_bytes(4)])
     put(tier, C, 6)
 
-    assert shown == [(B, 5)]
+    assert shown == [(B, 5, b"tag")]
     assert tier.find([A, B, C]) == [Presence.PRESENT, Presence.ABSENT, Presence.PRESENT]
     assert tier.stats().num_evictions == 1
 

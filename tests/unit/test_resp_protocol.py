@@ -12,10 +12,12 @@ from kvkeep.tiers.resp_protocol import (
     Reply,
     ReplyReader,
     ServerError,
+    Value,
     encode,
     encode_set_head,
     encode_set_tail,
 )
+from kvkeep.tiers.stored_value import ROOM_BYTES, is_tail
 
 SOON = Deadline(300.0)
 
@@ -109,21 +111,30 @@ def test_forms_of_both_versions(sent: bytes, expected: Reply) -> None:
     assert ReplyReader(Wire(sent)).reply(SOON) == expected
 
 
-@given(st.binary(max_size=5000), st.integers(1, 3000), st.lists(st.integers(0, 5000), max_size=4))
-def test_a_value_lands_in_the_buffers(content: bytes, piece: int, cuts: list[int]) -> None:
-    """Cut anywhere, arriving in any pieces, followed by another reply that stays whole."""
-    target = bytearray(len(content))
+@given(
+    st.binary(max_size=5000),
+    st.sampled_from([0, 24, 100, ROOM_BYTES - 1, ROOM_BYTES, ROOM_BYTES + 1, 4000]),
+    st.integers(1, 6000),
+    st.lists(st.integers(0, 5000), max_size=4),
+)
+def test_a_value_lands_in_the_buffers(
+    content: bytes, tail_bytes: int, piece: int, cuts: list[int]
+) -> None:
+    """Cut anywhere, arriving in any pieces, with anything behind it; the reply that follows stays whole."""
+    target, tail = bytearray(len(content)), bytes(range(1, 251)) * 16
     bounds = sorted([0, *(min(cut, len(content)) for cut in cuts), len(content)])
     views = [memoryview(target)[begin:end] for begin, end in pairwise(bounds)]
-    reader = ReplyReader(Wire(to_wire(content) * 2 + b":5\r\n", piece))
+    value = content + tail[:tail_bytes]
+    reader = ReplyReader(Wire(to_wire(value) * 2 + b":5\r\n", piece))
 
-    assert reader.value_into(views, len(content), SOON) == len(content)
-    assert target == content
-    target[:] = bytes(len(content))
-    assert reader.bulk_length(SOON) == len(content)
-    reader.bulk_into(views, SOON)
+    for _ in range(2):
+        found = reader.value_into(views, len(content), SOON)
+        assert isinstance(found, Value)
+        assert found.tail is not None
+        assert (found.length, bytes(found.tail)) == (len(value), tail[:tail_bytes])
+        assert target == content
+        target[:] = bytes(len(content))
 
-    assert target == content
     assert reader.reply(SOON) == 5
 
 
@@ -137,11 +148,14 @@ def test_a_value_of_another_length_is_told_by_its_length(
     reader = ReplyReader(Wire(pushes + b":1\r\n" + to_wire(content) + b":5\r\n", piece))
     assert reader.reply(SOON) == 1
 
-    assert reader.value_into([buffer], num_wanted, SOON) == num_there
+    value = reader.value_into([buffer], num_wanted, SOON)
 
-    if num_there != num_wanted and num_there <= MAX_SKIP_BYTES:
+    assert isinstance(value, Value)
+    assert value.length == num_there
+    assert (value.tail is not None) == is_tail(num_there - num_wanted)
+    if value.tail is None and num_there <= MAX_SKIP_BYTES:
         reader.skip_bulk(num_there, SOON)
-    if num_there == num_wanted or num_there <= MAX_SKIP_BYTES:
+    if value.tail is not None or num_there <= MAX_SKIP_BYTES:
         assert reader.reply(SOON) == 5
 
 
@@ -174,7 +188,7 @@ def test_a_value_that_does_not_end_where_it_says_is_a_fault(before: bytes) -> No
         (b"$-1\r\n", None),
         (b"_\r\n", None),
         (b"-WRONGTYPE no\r\n", ServerError("WRONGTYPE", "WRONGTYPE no")),
-        (b"$0\r\n\r\n", 0),
+        (b"$0\r\n\r\n", Value(0, None)),
     ],
 )
 def test_there_may_be_no_value(sent: bytes, expected: object) -> None:

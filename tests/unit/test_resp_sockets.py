@@ -10,7 +10,7 @@ from kvkeep.tiers.resp_protocol import ServerError
 from kvkeep.tiers.resp_router import Redirect
 from kvkeep.tiers.resp_sockets import SocketTransport
 from kvkeep.tiers.resp_stream import TcpAddress
-from kvkeep.tiers.resp_transport import Deleted, SetRequest
+from kvkeep.tiers.resp_transport import Deleted, Patch, SetRequest
 from tests.servers import free_port
 
 
@@ -69,6 +69,11 @@ def test_every_kind_of_call_tells_the_router_of_a_fault() -> None:
     transport.touch_many([b"k"], None, Deadline(9))
     assert router.num_faults == 5
     with pytest.raises(CallError):
-        list(transport.scan(b"", 9.0))
+        list(transport.scan(b"", 9.0, end_bytes=24))
     assert router.num_faults == 6
+    assert transport.ends([b"a", b"b"], 24, Deadline(9)) == [None, None]
+    assert router.num_faults == 7
+    (patched,) = transport.patch_many([Patch(b"k", 9, 3, b"tail")], Deadline(9))
+    assert patched.outcome is PutOutcome.FAILED
+    assert router.num_faults == 8
     transport.close()

@@ -7,76 +7,19 @@ import pytest
 from kvkeep.errors import ConfigError
 from kvkeep.spec import StoredKey
 from kvkeep.testing.tier_contents import HeldParts, content_of, key_of, read_object, store_object
-from kvkeep.tiers.base import Got, Miss, MissCause, Presence, PutOutcome, StoredObject
-from kvkeep.tiers.breaker import Breaker
+from kvkeep.tiers.base import (
+    Got,
+    Miss,
+    MissCause,
+    Presence,
+    PutOutcome,
+    StoredObject,
+)
 from kvkeep.tiers.deadlines import CallError, Deadline, SettingError
 from kvkeep.tiers.resp import MAX_VALUE_BYTES, RespTier
-from kvkeep.tiers.resp_transport import Deleted, Named, RespTransport, SetRequest, SetResult
-
-
-class DictTransport:
-    """The seam, filled by a dict: what a tier does is seen in `calls`."""
-
-    def __init__(self) -> None:
-        self.values: dict[bytes, bytes] = {}
-        self.calls: list[str] = []
-        self.breakers: Sequence[Breaker] = [Breaker("dict")]
-        self.ping_fault: CallError | None = None
-        self.set_result: SetResult | None = None
-        self.last_set: SetRequest | None = None
-        self.foreign: list[bytes] = []
-
-    def exists_many(self, keys: Sequence[bytes], deadline: Deadline) -> list[bool]:
-        self.calls.append(f"exists {len(keys)}")
-        return [key in self.values for key in keys]
-
-    def get_into(
-        self, key: bytes, views: Sequence[memoryview], num_bytes: int, deadline: Deadline
-    ) -> Got | Miss:
-        self.calls.append("get")
-        value = self.values.get(key)
-        if value is None:
-            return Miss(MissCause.ABSENT)
-        if len(value) != num_bytes:
-            return Miss(MissCause.SHORT)
-        start = 0
-        for view in views:
-            view[:] = value[start : start + len(view)]
-            start += len(view)
-        return Got(num_bytes)
-
-    def set(self, request: SetRequest, deadline: Deadline) -> SetResult:
-        self.calls.append("set")
-        self.last_set = request
-        if self.set_result is not None:
-            return self.set_result
-        value = b"".join(request.parts)
-        if request.key in self.values:
-            return SetResult(PutOutcome.PRESENT)
-        self.values[request.key] = value
-        return SetResult(PutOutcome.STORED)
-
-    def delete_many(self, keys: Sequence[bytes], deadline: Deadline) -> Deleted:
-        self.calls.append(f"delete {len(keys)}")
-        values = [self.values.pop(key) for key in keys if key in self.values]
-        return Deleted(len(values), sum(map(len, values)))
-
-    def touch_many(self, keys: Sequence[bytes], ttl_ms: int | None, deadline: Deadline) -> None:
-        self.calls.append(f"touch {len(keys)} {ttl_ms}")
-
-    def scan(self, prefix: bytes, timeout_s: float) -> Iterator[Named]:
-        for name in [*self.values, *self.values, *self.foreign]:
-            if name.startswith(prefix):
-                yield Named(name, len(self.values.get(name, b"")))
-        if self.ping_fault is not None:
-            raise self.ping_fault
-
-    def ping(self, deadline: Deadline) -> None:
-        if self.ping_fault is not None:
-            raise self.ping_fault
-
-    def close(self) -> None:
-        self.calls.append("close")
+from kvkeep.tiers.resp_transport import Deleted, RespTransport, SetResult
+from kvkeep.tiers.stored_value import ROOM_BYTES
+from tests.dict_transport import DictTransport
 
 
 @pytest.fixture
@@ -147,7 +90,7 @@ def test_what_is_being_written_is_in_flight(tier: RespTier, transport: DictTrans
 
         assert tier.find([key_of(1), key_of(2)]) == [Presence.IN_FLIGHT, Presence.ABSENT]
         assert store_object(tier, key_of(1), 100) is PutOutcome.PRESENT
-        assert tier.used_bytes == tier.stats().in_use_bytes == 100
+        assert tier.used_bytes == tier.stats().in_use_bytes == 100 + ROOM_BYTES
     finally:
         held.release()
         thread.join()
@@ -260,10 +203,10 @@ def test_why_nothing_is_taken_is_said_once(
 
 
 def test_sizes_are_those_of_own_puts_and_deletes(tier: RespTier, transport: DictTransport) -> None:
-    """What others put is not counted, and when we delete it nothing gets negative."""
+    """What others put is not counted, and when we delete it nothing gets negative; labels are counted."""
     for number in range(3):
         store_object(tier, key_of(number), 1000)
-    assert tier.used_bytes == tier.stats().reusable_bytes == 3000
+    assert tier.used_bytes == tier.stats().reusable_bytes == 3 * (1000 + ROOM_BYTES)
     other = RespTier("redis://nowhere", transport=transport)
     assert other.used_bytes == 0
 
@@ -271,7 +214,7 @@ def test_sizes_are_those_of_own_puts_and_deletes(tier: RespTier, transport: Dict
     assert tier.delete([key_of(0), key_of(1), key_of(1)]) == 1
 
     assert other.used_bytes == 0
-    assert tier.used_bytes == 2000
+    assert tier.used_bytes == 2 * (1000 + ROOM_BYTES)
     assert tier.stats().num_objects == 2
 
 
@@ -293,11 +236,11 @@ def test_gets_beside_each_other_are_all_in_use(tier: RespTier, transport: DictTr
     thread.start()
     try:
         assert is_in.wait(30)
-        assert (tier.stats().in_use_bytes, tier.stats().reusable_bytes) == (1000, 0)
+        assert (tier.stats().in_use_bytes, tier.stats().reusable_bytes) == (1000 + ROOM_BYTES, 0)
     finally:
         may_go.set()
         thread.join()
-    assert (tier.stats().in_use_bytes, tier.stats().reusable_bytes) == (0, 1000)
+    assert (tier.stats().in_use_bytes, tier.stats().reusable_bytes) == (0, 1000 + ROOM_BYTES)
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def test_a_lone_request_that_holds_too_much_for_later_gaps_starts_afresh() -> No
     server.add(tokens(32), max_tokens=1)
     server.run()
     lost = [server.checked.ledgers[0].get(server.requests[0].chain.keys[at]) for at in (2, 5)]
-    server.cache._forget([[block for block in lost if block is not None], []])
+    server.cache._places.forget(0, [block for block in lost if block is not None])
     request = server.add(tokens(33), max_tokens=4)
 
     server.run()

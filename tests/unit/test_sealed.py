@@ -199,7 +199,8 @@ def test_an_erased_tenants_evicted_objects_fall_nowhere() -> None:
     tier = Sealed(inner, keyring, tenant_of)
     seen: list[StoredKey] = []
 
-    def spill(key: StoredKey, _: Sequence[memoryview]) -> None:
+    def spill(key: StoredKey, _: Sequence[memoryview], labels: bytes) -> None:
+        assert labels == b""
         seen.append(key)
 
     tier.on_evict = spill
@@ -228,6 +229,51 @@ def test_labels_of_one_object_do_not_fit_another() -> None:
     assert tier.labels(key_of(1)) is None
     inner.relabel(key_of(1), b"short")
     assert tier.labels(key_of(1)) is None
+
+
+def test_labels_of_a_put_are_sealed_too() -> None:
+    """They come with a get, opened; unreadable ones make the object one that nobody uses."""
+    inner, tier = sealed_pair(MemoryKeyring())
+    for number in range(3):
+        store_object(tier, key_of(number), SIZE, b"doc:77")
+    buffer = memoryview(bytearray(SIZE))
+
+    assert all(b"doc" not in item.labels for item in inner.labelled())
+    assert tier.get(key_of(0), [buffer]) == Got(SIZE, b"doc:77")
+    foreign = inner.labels(key_of(1))
+    assert foreign is not None
+    inner.relabel(key_of(0), foreign)
+    assert cause_of(read_object(tier, key_of(0), SIZE)) is MissCause.CORRUPT
+    assert {item.key for item in tier.labelled()} == {key_of(1), key_of(2)}
+    assert {(item.num_bytes, item.labels) for item in tier.labelled()} == {(SIZE, b"doc:77")}
+
+
+def test_an_erased_tenants_labels_are_gone() -> None:
+    """Nothing is listed of it, and nothing can be replaced."""
+    keyring = MemoryKeyring()
+    inner, tier = sealed_pair(keyring)
+    for number in range(4):
+        store_object(tier, key_of(number), SIZE, b"old")
+
+    keyring.erase("ann")
+    done = tier.relabel_many({key_of(number): b"new" for number in range(4)})
+
+    assert done == [False, True, False, True]
+    assert [item.key for item in tier.labelled()] == [key_of(1), key_of(3)]
+    assert len(list(inner.labelled())) == 4
+
+
+def test_labels_fall_opened_and_are_sealed_anew() -> None:
+    """Between two sealed tiers, each with keys of its own."""
+    above = Sealed(HostTier(SEAL_BYTES + 12288), MemoryKeyring(), tenant_of)
+    below = Sealed(HostTier(1 << 20), MemoryKeyring(), tenant_of)
+    stack = TierStack([Floor(tier, frozenset(Occasion)) for tier in (above, below)])
+    for number in (1, 3):
+        content = memoryview(content_of(key_of(number), SIZE))
+        above.put(key_of(number), [content], SIZE, b"tag")
+
+    assert stack.tiers[0].find([key_of(1)]) == [Presence.ABSENT]
+    assert below.get(key_of(1), [memoryview(bytearray(SIZE))]) == Got(SIZE, b"tag")
 
 
 def test_a_refused_object_costs_no_memory() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from kvkeep.policies import EvictionPolicy
+from kvkeep.policies import EvictionPolicy, Ranked
 from kvkeep.spec import BlockId
 
 __all__ = ["Allocation", "BlockPool", "BlockState"]
@@ -41,7 +41,7 @@ class BlockPool:
         assert num_blocks > 0
         self.num_blocks = num_blocks
         self.num_evictions = 0
-        self._policy = policy
+        self._policy = policy if isinstance(policy, Ranked) else Ranked(policy)
         self._num_holders = [0] * num_blocks
         self._states = [BlockState.FREE] * num_blocks
         # A stack: the places used last, still warm in the processor's caches, are used first.
@@ -133,6 +133,10 @@ class BlockPool:
         self._policy.insert(evictable)
         self._make_free(freed)
         return freed
+
+    def rank(self, blocks: Sequence[BlockId], rank: int) -> None:
+        """Let sealed blocks go before all of a higher rank, until their content goes."""
+        self._policy.rank(blocks, rank)
 
     def seal(self, blocks: Sequence[BlockId]) -> None:
         """FILLING -> SEALED: the content is complete and has a key."""

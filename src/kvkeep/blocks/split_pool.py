@@ -72,6 +72,12 @@ class SplitPool:
         rest, first = self._split(blocks)
         return [*self._as_ids(self._first.release(first)), *self._rest.release(rest)]
 
+    def rank(self, blocks: Sequence[BlockId], rank: int) -> None:
+        """Let sealed blocks go before all of a higher rank of their part."""
+        rest, first = self._split(blocks)
+        self._rest.rank(rest, rank)
+        self._first.rank(first, rank)
+
     def seal(self, blocks: Sequence[BlockId]) -> None:
         """FILLING -> SEALED: the content is complete and has a key."""
         rest, first = self._split(blocks)

@@ -10,6 +10,7 @@ from kvkeep.cache.hierarchy import Hierarchy
 from kvkeep.cache.places import Places
 from kvkeep.cache.sealing import block_entry
 from kvkeep.cache.stored_blocks import put_block, wanted_header
+from kvkeep.cache.upkeep import Upkeep
 from kvkeep.spec import BlockId, KVSpec
 from kvkeep.tiers.base import Occasion, PutOutcome
 from kvkeep.tiers.reading import Verified, read_block
@@ -37,16 +38,24 @@ class BlockBytes:
     """Reads and writes payloads of the blocks of a KVCache; for the thread that owns it."""
 
     def __init__(
-        self, spec: KVSpec, places: Places, below: Hierarchy | None, payloads: PayloadStore
+        self,
+        spec: KVSpec,
+        places: Places,
+        below: Hierarchy | None,
+        payloads: PayloadStore,
+        upkeep: Upkeep,
     ) -> None:
         self._spec = spec
         self._places = places
         self._below = below
         self._payloads = payloads
+        self._upkeep = upkeep
 
     def read(self, chain: TokenChain, group: int, number: int) -> FoundBlock | None:
         """A full block of a chain, from the device or a tier; None where it is not known."""
         entry = block_entry(chain, number)
+        if self._upkeep.is_dead(entry.key):
+            return None
         block = self._ledgers[group].get(entry.key)
         layout = self._payloads.layout_name(group)
         if block is not None:
@@ -73,6 +82,8 @@ class BlockBytes:
     def insert(self, entry: Entry, group: int, payload: memoryview, layout: str) -> InsertOutcome:
         """Enter a block where there is room without evicting: on the device, else in a tier."""
         ledger = self._ledgers[group]
+        if self._upkeep.is_dead(entry.key):
+            self._upkeep.forget((entry.key,), "expired")
         if ledger.get(entry.key) is not None:
             return InsertOutcome.PRESENT
         is_first = entry.parent == entry.namespace
@@ -105,15 +116,18 @@ class BlockBytes:
         is_adopted = self._payloads.adopt(group, block, target, layout)
         if is_adopted:
             ledger.seal([block], [entry])
+            self._upkeep.enter(entry)
         self._places.release(group, [block])
         return InsertOutcome.ADDED if is_adopted else InsertOutcome.NO_ROOM
 
     def _insert_below(
         self, below: Hierarchy, entry: Entry, group: int, payload: memoryview, layout: str
     ) -> InsertOutcome:
+        labels = self._upkeep.enter(entry)
         outcomes = put_block(
-            below.stack, self._spec, group, entry, payload, layout, Occasion.IDLE
+            below.stack, self._spec, group, entry, payload, layout, Occasion.IDLE, labels
         ).values()
         if PutOutcome.STORED in outcomes:
+            below.relabels.note(entry.key, labels)
             return InsertOutcome.ADDED
         return InsertOutcome.PRESENT if PutOutcome.PRESENT in outcomes else InsertOutcome.NO_ROOM

@@ -9,20 +9,23 @@ from dataclasses import replace
 from functools import partial
 
 from kvkeep.blocks import BlockLedger, BlockPool, TokenChain, stored_key
+from kvkeep.cache.administration import Administration
 from kvkeep.cache.base import BlockStore, PayloadStore
 from kvkeep.cache.block_bytes import BlockBytes
-from kvkeep.cache.counting import count_blocks
+from kvkeep.cache.counting import blocks_needed, count_blocks
 from kvkeep.cache.hierarchy import Hierarchy
 from kvkeep.cache.lease import BlockTable, Lease
+from kvkeep.cache.lifetimes import Claim, Lifetimes, Query
 from kvkeep.cache.lookup import RequestPlan, plan_request, without_loads
 from kvkeep.cache.lookups import Lookup
 from kvkeep.cache.places import Places
 from kvkeep.cache.receipts import CacheStats, DropReceipt, VerifyReport
-from kvkeep.cache.sealing import block_entry, seal_spans
-from kvkeep.cache.verify import find_problems
+from kvkeep.cache.sealing import seal_spans, sealed_numbers
+from kvkeep.cache.upkeep import Upkeep, forget_evicted
+from kvkeep.config import CacheOptions
 from kvkeep.planning import Coverage, StoredBlock, coverage_of
 from kvkeep.policies import make_policy
-from kvkeep.spec import BlockId, KVSpec, LayerKind, Span
+from kvkeep.spec import KVSpec, LayerKind, Span
 
 __all__ = ["KVCache"]
 
@@ -43,6 +46,7 @@ class KVCache:
         *,
         policy: str = "lru",
         below: Hierarchy | None = None,
+        lifetimes: Lifetimes | None = None,
     ) -> None:
         self.spec = spec
         self._below = below
@@ -52,20 +56,21 @@ class KVCache:
         ]
         firsts = dict(zip(spec.first_block_groups, pools[len(spec.groups) :], strict=True))
         self._pools = pools
-        self._ledgers = [
-            BlockLedger(
-                group,
-                pools[at],
-                firsts.get(at),
-                on_evict=None if below is None else partial(below.before_eviction, at),
-            )
-            for at, group in enumerate(spec.groups)
-        ]
+        self.lifetimes = lifetimes or Lifetimes()
+        self._ledgers: list[BlockLedger] = []
+        forget = partial(forget_evicted, self.lifetimes, self._ledgers)
+        on_evict = forget if below is None else below.before_eviction
+        for at, group in enumerate(spec.groups):
+            ledger = BlockLedger(group, pools[at], firsts.get(at), on_evict=partial(on_evict, at))
+            self._ledgers.append(ledger)
         self._places = Places(spec, self._ledgers, store)
         self._store = store
         if below is not None:
             below.attach(self._places)
+        self._upkeep = Upkeep(self.lifetimes, self._places, below)
         self._leases: set[Lease] = set()
+        leases = self._leases
+        self.administration = Administration(self._places, self._upkeep, below, leases)
         self._reused_tokens = 0
         self._computed_tokens = 0
 
@@ -75,11 +80,9 @@ class KVCache:
         """What is known of `chain`, as runs; asks tiers behind wires and waits for them. Changes nothing."""
         if not len(chain):
             return Coverage(0, ())
-        lookup = (
-            None if self._below is None else self._below.lookups.ask(self._below.stored_keys(chain))
-        )
-        request = self._plan(chain, lookup=lookup)
-        size = self.spec.block_size
+        below = self._below
+        lookup = None if below is None else below.lookups.ask(below.stored_keys(chain))
+        request, size = self._plan(chain, lookup=lookup), self.spec.block_size
         return coverage_of(len(chain), size, request.coverage, request.group_blocks)
 
     def gaps(self, chain: TokenChain) -> tuple[Span, ...]:
@@ -88,19 +91,7 @@ class KVCache:
 
     def blocks_needed(self, num_tokens: int, span_tokens: int) -> list[int]:
         """For each class, the blocks that a request holds at its longest, `span_tokens` a step."""
-        size, firsts = self.spec.block_size, self.spec.first_block_groups
-        needed = [
-            1
-            if group.kind is LayerKind.RECURRENT
-            else min(
-                self.spec.num_blocks(num_tokens),
-                self.spec.num_blocks((group.window or num_tokens) + span_tokens + size),
-            )
-            for group in self.spec.groups
-        ]
-        for group in firsts:
-            needed[group] -= 1
-        return needed + [1] * len(firsts)
+        return blocks_needed(self.spec, num_tokens, span_tokens)
 
     def num_blocks(self) -> list[int]:
         """For each class, the blocks there are."""
@@ -119,24 +110,23 @@ class KVCache:
         read: bool = True,
         write: bool = True,
         lookup: Lookup | None = None,
+        claim: Claim | None = None,
     ) -> Lease | None:
         """Hold what is known of `chain` (at least one token) for a request.
 
         With `read=False` nothing is shared; with `write=False` nothing will be published. What lies in tiers
-        begins to load; of tiers behind wires that is what `lookup` has found. Returns None, and forgets
-        nothing, when there is no room even for what must be copied or loaded to begin. A request alone in the
-        cache always begins, if need be without sharing.
+        begins to load; of tiers behind wires that is what `lookup` has found. `claim` is what the request
+        puts on all that it uses and publishes; None asks for nothing. Returns None, and forgets nothing, when
+        there is no room even for what must be copied or loaded to begin. A request alone in the cache always
+        begins, if need be without sharing.
         """
         assert len(chain) > 0
         assert chain.block_size == self.spec.block_size
         request = self._decide(chain, self._plan(chain, read=read, lookup=lookup))
         plan, size = request.coverage, self.spec.block_size
-        tables = [BlockTable() for _ in self._ledgers]
-        lease = Lease(chain, tables, plan.gaps, publishes=write, close=self._close)
-        lease.decision = request.decision
-        self._leases.add(lease)
-        group_to_loads: list[list[int]] = []
-        for group, table in enumerate(tables):
+        lease = self._open(chain, request, claim, publishes=write)
+        group_to_loads, shared = list[list[int]](), list[list[int]]()
+        for group, table in enumerate(lease.tables):
             known = request.group_blocks[group].blocks
             here = [at for at in plan.shared[group] if not isinstance(known[at], StoredBlock)]
             self._places.share(table, here, known, group)
@@ -144,14 +134,17 @@ class KVCache:
             loads = plan.loads(group, known, size)
             table.read_only = plan.shared_inside_gaps(group, size).intersection([*here, *loads])
             group_to_loads.append(loads)
+            shared.append(here)
         if not self._places.begin(lease, plan.partial, group_to_loads):
             lease.release()
             # Alone, a request has no room because of what it would itself share.
             is_alone = read and not self._leases
-            return self.reserve(chain, read=False, write=write) if is_alone else None
+            return self.reserve(chain, read=False, write=write, claim=claim) if is_alone else None
         if self._below is not None:
-            self._begin_loads(lease, request, group_to_loads)
+            self._below.loads.begin_all(lease, request.group_blocks, group_to_loads)
         self._reused_tokens += lease.reused_tokens
+        self._upkeep.use(lease.claim, chain, _union(shared), is_new=False)
+        self._upkeep.begin(lease.claim, chain)
         return lease
 
     def extend(self, lease: Lease, spans: Sequence[Span]) -> bool:
@@ -181,12 +174,9 @@ class KVCache:
             assert self._below is not None
             self._below.finish(lease.decision)
             lease.decision = None
+        if lease.publishes:
+            self._publish(lease, spans)
         for group, ledger in enumerate(self._ledgers):
-            if lease.publishes:
-                if ledger.spec.kind is LayerKind.RECURRENT:
-                    self._places.keep_state(lease, group, spans[-1].stop)
-                else:
-                    seal_spans(ledger, lease.chain, lease.tables[group], spans)
             if ledger.spec.window is not None:
                 passed = self._places.release_passed(lease, group)
                 if self._below is not None:
@@ -223,6 +213,7 @@ class KVCache:
             [table.fork() for table in lease.tables],
             lease.gaps,
             publishes=lease.publishes,
+            claim=lease.claim,
             close=self._close,
         )
         for ledger, table in zip(self._ledgers, child.tables, strict=True):
@@ -259,9 +250,11 @@ class KVCache:
         return is_asking or self._below.is_loading(chain)
 
     def poll(self, *, is_busy: bool = False) -> None:
-        """Take in what has moved and begin what may move now, the slower when requests run."""
+        """Take in what has moved, begin what may move now, the slower when requests run, and what is due."""
         if self._below is not None:
             self._below.poll(is_busy=is_busy)
+        self.administration.purges.poll()
+        self._upkeep.poll(is_busy=is_busy)
 
     @property
     def is_moving(self) -> bool:
@@ -275,57 +268,56 @@ class KVCache:
 
     def offload(self) -> int:
         """Move what no request uses down now, as far as tiers take it; the blocks that left the device."""
-        if self._below is None:
-            return 0
-        num_before = sum(ledger.num_sealed for ledger in self._ledgers)
-        self._below.offload()
-        return num_before - sum(ledger.num_sealed for ledger in self._ledgers)
+        return 0 if self._below is None else self._below.offload()
 
     def close(self) -> None:
         """Write what is to survive to the tiers that outlive the process, and close them all."""
+        self.administration.purges.close()
         if self._below is not None:
             self._below.close()
 
+    def yield_pins(self) -> bool:
+        """Let pinned blocks be evicted, since a request has no room else; whether there were any."""
+        return self._upkeep.holds.let_all_go()
+
     def block_bytes(self, payloads: PayloadStore) -> BlockBytes:
         """Payloads of blocks, one at a time, for export and import."""
-        return BlockBytes(self.spec, self._places, self._below, payloads)
+        return BlockBytes(self.spec, self._places, self._below, payloads, self._upkeep)
 
     # --- administration --------------------------------------------------------------------------
 
+    def open_claim(self, options: CacheOptions, chain: TokenChain) -> Claim:
+        """What a request puts on its blocks; it is to be closed. Replaced versions of its tags are purged.
+
+        Raises CapacityError where it pins more than may be pinned.
+        """
+        if options.pin and chain.keys:
+            self.administration.check_pin_room(chain.keys)
+        claim = self.lifetimes.open(options, chain)
+        if options.pin and chain.keys:
+            self.lifetimes.pin_all(claim, chain)
+        outdated = self.lifetimes.outdated(claim)
+        if outdated:
+            query = Query(tags=outdated, namespaces=frozenset((chain.root,)))
+            self.administration.purges.begin(query, search=False)
+        return claim
+
+    def close_claim(self, claim: Claim, chain: TokenChain | None = None) -> None:
+        """The request has ended, with these tokens in all."""
+        self.lifetimes.close(claim, chain)
+        self._upkeep.keep_quota(claim.namespace)
+
     def drop(self, chain: TokenChain, blocks: Iterable[int]) -> DropReceipt:
         """Forget the given full blocks of `chain`, by number, in every group and every tier."""
-        keys = [chain.keys[block] for block in sorted(set(blocks))]
-        found = [
-            [block for key in keys if (block := ledger.get(key)) is not None]
-            for ledger in self._ledgers
-        ]
-        receipt = self._forget(found)
-        if self._below is None:
-            return receipt
-        groups = range(len(self._ledgers))
-        stored = self._below.delete([stored_key(key, group) for key in keys for group in groups])
-        return replace(receipt, stored=stored)
+        return self.administration.drop(chain, blocks)
 
     def clear(self, *, tiers: bool = False) -> DropReceipt:
-        """Forget all content of the device, and of the tiers if they are meant.
-
-        Running requests keep their blocks as private ones.
-        """
-        receipt = self._forget([ledger.sealed_blocks() for ledger in self._ledgers])
-        if self._below is None or not tiers:
-            return receipt
-        return replace(receipt, stored=self._below.clear())
+        """Forget all content of the device, and of the tiers if they are meant: see Administration."""
+        return self.administration.clear(tiers=tiers)
 
     def verify(self, *, tiers: bool = False) -> VerifyReport:
-        """Check every invariant of pools, indexes and leases, and all objects of `tiers`. Changes nothing."""
-        below = self._below
-        holds = [] if below is None else below.loads.holds()
-        problems = find_problems(self._ledgers, self._leases, holds)
-        num_checked = sum(self.num_blocks())
-        for report in below.audit() if below is not None and tiers else []:
-            num_checked += report.num_objects
-            problems += [f"{one.key.hex()} in a tier: {one.reason}" for one in report.wrong]
-        return VerifyReport(blocks_checked=num_checked, problems=tuple(problems))
+        """Check every invariant of pools, indexes, labels and leases, and all objects of `tiers`."""
+        return self.administration.verify(tiers=tiers)
 
     def stats(self) -> CacheStats:
         """Bytes and blocks in use, reusable and free, on the device and in every tier."""
@@ -345,7 +337,10 @@ class KVCache:
     ) -> RequestPlan:
         below = self._below
         find_below = None if below is None else partial(below.find, lookup=lookup)
-        return plan_request(self.spec, self._ledgers, chain, read=read, find_below=find_below)
+        find_dead = partial(self.lifetimes.register.dead, now_s=self.lifetimes.clock())
+        return plan_request(
+            self.spec, self._ledgers, chain, read=read, find_dead=find_dead, find_below=find_below
+        )
 
     def _decide(self, chain: TokenChain, request: RequestPlan) -> RequestPlan:
         """The request with what is quicker computed than loaded as gaps."""
@@ -356,20 +351,27 @@ class KVCache:
             request = without_loads(self.spec, len(chain), request, decision.computed)
         return replace(request, decision=decision)
 
-    def _begin_loads(
-        self, lease: Lease, request: RequestPlan, group_to_loads: Sequence[Sequence[int]]
-    ) -> None:
-        for group, numbers in enumerate(group_to_loads):
-            known = request.group_blocks[group].blocks
-            for number in numbers:
-                source = known[number]
-                assert self._below is not None
-                assert isinstance(source, StoredBlock)
-                entry = block_entry(lease.chain, number)
-                self._below.loads.begin(lease, group, number, entry, source)
+    def _open(
+        self, chain: TokenChain, request: RequestPlan, claim: Claim | None, *, publishes: bool
+    ) -> Lease:
+        lease = Lease(
+            chain,
+            [BlockTable() for _ in self._ledgers],
+            request.coverage.gaps,
+            publishes=publishes,
+            claim=claim or self.lifetimes.plain(chain.root),
+            close=self._close,
+        )
+        lease.owns_claim = claim is None
+        lease.decision = request.decision
+        self._leases.add(lease)
+        return lease
 
     def _close(self, lease: Lease) -> None:
         self._leases.remove(lease)
+        self._upkeep.renew(lease)
+        if lease.owns_claim:
+            self.lifetimes.close(lease.claim)
         if self._below is not None:
             self._below.loads.forget(lease)
         for group, table in enumerate(lease.tables):
@@ -380,16 +382,17 @@ class KVCache:
         for group, state in lease.states.items():
             self._places.release(group, [state])
 
-    def _forget(self, group_blocks: Sequence[Sequence[BlockId]]) -> DropReceipt:
-        num_held = num_bytes = 0
-        for group, blocks in enumerate(group_blocks):
-            if self._below is not None:
-                self._below.before_forgetting(group, blocks)
-            freed = self._places.forget(group, blocks)
-            num_held += len(blocks) - len(freed)
-            num_bytes += self._ledgers[group].num_bytes(blocks, self.spec.block_size)
-        return DropReceipt(
-            num_blocks=sum(len(blocks) for blocks in group_blocks),
-            num_bytes=num_bytes,
-            num_held=num_held,
-        )
+    def _publish(self, lease: Lease, spans: Sequence[Span]) -> None:
+        for group, ledger in enumerate(self._ledgers):
+            if ledger.spec.kind is LayerKind.RECURRENT:
+                self._places.keep_state(lease, group, spans[-1].stop)
+            else:
+                seal_spans(ledger, lease.chain, lease.tables[group], spans)
+        numbers = sealed_numbers(self.spec, spans)
+        if numbers:
+            self._upkeep.use(lease.claim, lease.chain, numbers, is_new=True)
+
+
+def _union(groups: Sequence[Sequence[int]]) -> Sequence[int]:
+    """All numbers of all groups, in order."""
+    return groups[0] if len(groups) == 1 else sorted(set().union(*groups))

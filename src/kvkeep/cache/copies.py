@@ -18,7 +18,7 @@ import numpy as np
 from kvkeep.blocks import Entry, stored_key
 from kvkeep.cache.base import PayloadStore
 from kvkeep.cache.stored_blocks import put_block
-from kvkeep.spec import BlockId, KVSpec, StoredKey
+from kvkeep.spec import BlockId, BlockKey, KVSpec, StoredKey
 from kvkeep.tiers.base import Occasion, Presence, PutOutcome, Tier
 from kvkeep.tiers.lanes import Lane, Results
 from kvkeep.tiers.stack import TierStack
@@ -57,6 +57,7 @@ class _Copy:
     block: BlockId
     entry: Entry
     occasion: Occasion
+    labels: bytes
     taken: Event = field(default_factory=Event)
     is_begun: bool = False
     is_abandoned: bool = False
@@ -82,6 +83,10 @@ class Copies:
         self._evicts_to_memory = _evicts_to_memory(stack)
         self.is_busy = False
         self.counts = CopyCounts()
+        # What a block's labels are, whether it may be written anywhere at all, and who hears of it.
+        self.labels_of: Callable[[BlockKey], bytes] = _no_labels
+        self.may_write: Callable[[StoredKey], bool] = _always
+        self.on_copied: Callable[[BlockKey, bytes], None] | None = None
 
     @property
     def num_under_way(self) -> int:
@@ -90,6 +95,8 @@ class Copies:
 
     def has_copy(self, key: StoredKey) -> bool:
         """Whether some tier has the block, as far as is known without asking over a wire."""
+        if not self.may_write(key):
+            return False
         if key in self._remembered:
             return True
         sighting = self._stack.find([key], self._stack.local).get(key)
@@ -104,6 +111,8 @@ class Copies:
 
     def wants(self, key: StoredKey, occasion: Occasion) -> bool:
         """Whether a copy on this occasion would go anywhere."""
+        if not self.may_write(key):
+            return False
         among = self._stack.local if key in self._remembered else None
         return self._stack.wants(key, occasion, among)
 
@@ -119,7 +128,7 @@ class Copies:
         key = stored_key(entry.key, group)
         if key in self._copies:
             return False
-        copy = _Copy(key, group, block, entry, occasion)
+        copy = _Copy(key, group, block, entry, occasion, self.labels_of(entry.key))
         if not self._lane.submit(partial(self._work, copy, then)):
             return False
         self._copies[key] = copy
@@ -149,9 +158,12 @@ class Copies:
             copy = self._copies.get(key)
             if (copy is not None and not copy.is_abandoned) or self.has_copy(key):
                 continue
+            if not self.may_write(key):
+                continue
             if self._evicts_to_memory:
-                payload = self._payloads.view(group, block)
-                self._put(group, entry, payload, Occasion.EVICTED)
+                payload, labels = self._payloads.view(group, block), self.labels_of(entry.key)
+                outcomes = self._put(group, entry, payload, Occasion.EVICTED, labels)
+                self._note(entry.key, outcomes, labels)
             elif not self._stage(key, group, block, entry):
                 self.counts.num_dropped += 1
 
@@ -179,7 +191,7 @@ class Copies:
 
     def _stage(self, key: StoredKey, group: int, block: BlockId, entry: Entry) -> bool:
         """Take the bytes now and write them later: the tiers below are slow."""
-        copy = _Copy(key, group, block, entry, Occasion.EVICTED)
+        copy = _Copy(key, group, block, entry, Occasion.EVICTED, self.labels_of(entry.key))
         if self._staged.num_waiting >= _MOST_STAGED or key in self._copies:
             return False
         view = self._payloads.view(group, block)
@@ -209,7 +221,7 @@ class Copies:
     def _write(self, copy: _Copy, payload: memoryview, then: Callable[[], None]) -> None:
         outcomes: dict[int, PutOutcome] = {}
         try:
-            outcomes = self._put(copy.group, copy.entry, payload, copy.occasion)
+            outcomes = self._put(copy.group, copy.entry, payload, copy.occasion, copy.labels)
         except Exception:  # noqa: BLE001
             # A tier of somebody else's may raise anything; to us its put has failed.
             _log.exception("copying a block down failed")
@@ -217,10 +229,20 @@ class Copies:
             self._results.add(partial(self._finish, copy, outcomes, then))
 
     def _put(
-        self, group: int, entry: Entry, payload: memoryview, occasion: Occasion
+        self,
+        group: int,
+        entry: Entry,
+        payload: memoryview,
+        occasion: Occasion,
+        labels: bytes,
     ) -> dict[int, PutOutcome]:
         layout = self._payloads.layout_name(group)
-        return put_block(self._stack, self._spec, group, entry, payload, layout, occasion)
+        return put_block(self._stack, self._spec, group, entry, payload, layout, occasion, labels)
+
+    def _note(self, key: BlockKey, outcomes: dict[int, PutOutcome], labels: bytes) -> None:
+        """Say which labels the tiers have now: of what was there already they are not known."""
+        if self.on_copied is not None and any(one in _IS_KEPT for one in outcomes.values()):
+            self.on_copied(key, b"" if PutOutcome.PRESENT in outcomes.values() else labels)
 
     def _finish(
         self, copy: _Copy, outcomes: dict[int, PutOutcome], then: Callable[[], None]
@@ -238,6 +260,7 @@ class Copies:
             return
         if any(at in self._stack.distant for at in kept):
             self.remember(copy.key)
+        self._note(copy.entry.key, outcomes, copy.labels)
         occasions = self.counts.blocks_by_occasion
         occasions[copy.occasion] = occasions.get(copy.occasion, 0) + 1
         then()
@@ -271,3 +294,11 @@ def _evicts_to_memory(stack: TierStack) -> bool:
 
 def _nothing() -> None:
     """What follows a demotion."""
+
+
+def _no_labels(_key: BlockKey) -> bytes:
+    return b""
+
+
+def _always(_key: StoredKey) -> bool:
+    return True

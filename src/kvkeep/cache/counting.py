@@ -4,9 +4,26 @@ from collections.abc import Sequence
 
 from kvkeep.blocks import BlockPool
 from kvkeep.cache.receipts import CacheStats, GroupStats
-from kvkeep.spec import KVSpec
+from kvkeep.spec import KVSpec, LayerKind
 
-__all__ = ["count_blocks"]
+__all__ = ["blocks_needed", "count_blocks"]
+
+
+def blocks_needed(spec: KVSpec, num_tokens: int, span_tokens: int) -> list[int]:
+    """For each class, the blocks that a request holds at its longest, `span_tokens` a step."""
+    size, firsts = spec.block_size, spec.first_block_groups
+    needed = [
+        1
+        if group.kind is LayerKind.RECURRENT
+        else min(
+            spec.num_blocks(num_tokens),
+            spec.num_blocks((group.window or num_tokens) + span_tokens + size),
+        )
+        for group in spec.groups
+    ]
+    for group in firsts:
+        needed[group] -= 1
+    return needed + [1] * len(firsts)
 
 
 def count_blocks(spec: KVSpec, pools: Sequence[BlockPool], *, num_leases: int) -> CacheStats:

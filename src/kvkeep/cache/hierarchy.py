@@ -4,8 +4,8 @@ Owned by the thread that owns the books; lanes move the bytes, and `poll` takes 
 fault of a tier is more than a miss with a cause here.
 """
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from logging import getLogger
@@ -16,12 +16,16 @@ from kvkeep.cache.base import PayloadStore
 from kvkeep.cache.choosing import Chooser
 from kvkeep.cache.copies import Copies
 from kvkeep.cache.decision import Decision
+from kvkeep.cache.deletions import Deletion, Deletions
 from kvkeep.cache.lease import Lease
 from kvkeep.cache.loads import Loaded, Loads
 from kvkeep.cache.lookup import RequestPlan
 from kvkeep.cache.lookups import Lookup, Lookups
 from kvkeep.cache.places import Places
 from kvkeep.cache.receipts import TierReport
+from kvkeep.cache.relabels import Relabels
+from kvkeep.cache.resting import Resting
+from kvkeep.cache.tier_holds import TierHolds
 from kvkeep.planning import PlannerStats, StoredBlock
 from kvkeep.spec import BlockId, BlockKey, KVSpec, StoredKey
 from kvkeep.tiers.audit import AuditReport, audit
@@ -36,7 +40,6 @@ _log = getLogger(__name__)
 
 # Blocks whose fate is decided in one poll, at the most, so that a step is never held up.
 _MOST_AT_ONCE = 64
-_LONG_AGO = float("-inf")
 # Blocks that wait to fall from memory to a slower tier; what is beyond is forgotten, and counted.
 _MOST_SPILLS = 64
 # What is not written within this long when the cache is closed is given up.
@@ -78,13 +81,14 @@ class Hierarchy:
         self._clock = clock
         self._results = Results()
         self.copies = Copies(spec, payloads, stack, self._results)
+        self.deletions = Deletions(stack, self._results)
+        self.holds = TierHolds(stack, len(spec.groups))
+        self.relabels = Relabels(stack, self._results, len(spec.groups), clock)
         # What memory evicts falls to slower tiers beside everything else: a step never waits for these.
         self._spills = Lane("spill", num_threads=1, max_jobs=_MOST_SPILLS)
         stack.defer = self._begin_spill
         self.lookups = Lookups(stack, self._results, clock)
         self._finished: deque[_Finished] = deque()
-        # When each block was let go of last, the longest ago first.
-        self._rested: OrderedDict[tuple[int, BlockId], tuple[BlockKey, float]] = OrderedDict()
 
     def attach(self, places: Places) -> None:
         """Say whose blocks these are: once, by the KVCache."""
@@ -94,6 +98,7 @@ class Hierarchy:
             self.spec, places, self._payloads, self.stack, self._results, clock=self._clock
         )
         self.loads.on_loaded = self._note_loaded
+        self._resting = Resting(places, self.copies, self._idle_s, self._clock)
 
     # --- questions -------------------------------------------------------------------------------
 
@@ -119,6 +124,7 @@ class Hierarchy:
                 or is_avoided
                 or self.loads.holds_key(stored)
                 or self.copies.is_cancelled(stored)
+                or self.deletions.is_doomed(stored)
             ):
                 continue
             found[key] = StoredBlock(at, self.stack.tiers[at].name)
@@ -132,6 +138,12 @@ class Hierarchy:
             for key in chain.keys
             if ledger.get(key) is None
         ]
+
+    def has(self, key: StoredKey) -> bool:
+        """Whether some tier has the object, or is about to, as far as is known without asking over a wire."""
+        return (
+            self.copies.is_under_way(key) or self.loads.holds_key(key) or self.copies.has_copy(key)
+        )
 
     def is_loading(self, chain: TokenChain) -> bool:
         """Whether something that a request for `chain` could use is on its way now."""
@@ -148,8 +160,9 @@ class Hierarchy:
 
     @property
     def num_moves(self) -> int:
-        """Loads and copies under way, and what falls from tier to tier."""
-        return self.loads.num_under_way + self.copies.num_under_way + self.stack.num_spilling
+        """Loads, copies and deletions under way, labels being written, and what falls from tier to tier."""
+        lanes = (self.loads, self.copies, self.deletions, self.relabels)
+        return sum(lane.num_under_way for lane in lanes) + self.stack.num_spilling
 
     def stats(self) -> tuple[TierReport, ...]:
         """What every tier holds, and what came and went."""
@@ -168,15 +181,15 @@ class Hierarchy:
         """What of a request's stored blocks to load, and what to compute all the same."""
         if self.chooser is None:
             return None
-        header = header_bytes(self.spec.block_size)
-        object_bytes = [
-            header + self._payloads.num_bytes(group, BlockId(0))
-            for group in range(len(self.spec.groups))
-        ]
+        object_bytes = list(map(self.object_bytes, range(len(self.spec.groups))))
         queued = {
             tier.name: self.loads.queued_bytes(at) for at, tier in enumerate(self.stack.tiers)
         }
         return self.chooser.choose(num_tokens, request, object_bytes, queued, num_others=num_others)
+
+    def object_bytes(self, group: int) -> int:
+        """Bytes of a stored block of a group; first blocks may be others."""
+        return header_bytes(self.spec.block_size) + self._payloads.num_bytes(group, BlockId(0))
 
     def finish(self, decision: Decision) -> None:
         """All that was decided on has been loaded and computed."""
@@ -192,7 +205,7 @@ class Hierarchy:
 
     def note_released(self, group: int, blocks: Sequence[BlockId], lease: Lease) -> None:
         """A request has let go of these, in chain order; a leaf goes down before its parents."""
-        ledger, now_s = self._ledgers[group], self._clock()
+        ledger = self._ledgers[group]
         for block in reversed(blocks):
             key = ledger.key_of(block)
             if key is None:
@@ -201,9 +214,7 @@ class Hierarchy:
             occasion = Occasion.REUSED if is_reused else Occasion.FINISHED
             if self.copies.wants(stored_key(key, group), occasion):
                 self._finished.append(_Finished(group, block, key, occasion))
-            if self._idle_s is not None:
-                self._rested[group, block] = (key, now_s)
-                self._rested.move_to_end((group, block))
+            self._resting.note(group, block, key)
 
     def before_eviction(
         self, group: int, blocks: Sequence[BlockId], entries: Sequence[Entry]
@@ -221,30 +232,45 @@ class Hierarchy:
 
     def poll(self, *, is_busy: bool) -> None:
         """Take in what the lanes have done, and give them more."""
-        self.copies.is_busy = is_busy
+        self.copies.is_busy = self.deletions.is_busy = is_busy
         for finish in self._results.take():
             finish()
         self.loads.give_up_late()
         self._copy_finished()
-        self._demote_idle()
+        self._resting.poll()
+        self.relabels.poll(is_busy=is_busy)
+
+    def hand_over(self, finish: Callable[[], None]) -> None:
+        """Have something done by the next `poll`; from any thread."""
+        self._results.add(finish)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until a move or a look-up is done; False if none is in time."""
         return self._results.wait(timeout_s)
 
-    def offload(self) -> None:
-        """Treat all that nobody uses as idle, and wait until it has gone down as far as tiers take it."""
+    def offload(self) -> int:
+        """Treat all that nobody uses as idle, and wait until it has gone down as far as tiers take it.
+
+        Returns the blocks that left the device.
+        """
+        num_before = sum(ledger.num_sealed for ledger in self._ledgers)
         for group, ledger in enumerate(self._ledgers):
             for block in ledger.sealed_blocks():
-                key = ledger.key_of(block)
-                if key is not None and not ledger.pool.num_holders(block):
-                    self._rested[group, block] = (key, _LONG_AGO)
-                    self._rested.move_to_end((group, block), last=False)
-        while self._rested and next(iter(self._rested.values()))[1] == _LONG_AGO:
+                self._resting.demote_soon(group, block)
+        while self._resting.has_overdue:
             self.poll(is_busy=False)
             if self.num_moves:
                 self.wait(1.0)
         self.settle()
+        return num_before - sum(ledger.num_sealed for ledger in self._ledgers)
+
+    def demote_soon(self, keys: Sequence[BlockKey]) -> None:
+        """Treat blocks as idle, unless a request holds them: they leave the device beside compute."""
+        for group, ledger in enumerate(self._ledgers):
+            for key in keys:
+                block = ledger.get(key)
+                if block is not None:
+                    self._resting.demote_soon(group, block)
 
     def settle(self, timeout_s: float = float("inf")) -> None:
         """Wait until nothing is under way."""
@@ -255,10 +281,26 @@ class Hierarchy:
 
     def delete(self, keys: Sequence[StoredKey]) -> dict[str, int]:
         """Forget objects in all tiers; how many there were in each, by its name."""
-        self.copies.cancel(keys)
-        self.lookups.forget(keys)
+        self._cancel(keys)
         counts = self.stack.delete(keys)
         return {self.stack.tiers[at].name: count for at, count in counts.items()}
+
+    def begin_delete(
+        self, keys: Sequence[StoredKey], among: Sequence[int] | None = None
+    ) -> Deletion:
+        """Forget objects in the tiers `among` (all of them) beside compute; from now on nobody finds them."""
+        deletion = Deletion()
+        self.add_to_deletion(deletion, keys, among)
+        deletion.end_job()
+        return deletion
+
+    def add_to_deletion(
+        self, deletion: Deletion, keys: Sequence[StoredKey], among: Sequence[int] | None = None
+    ) -> None:
+        """Forget more objects as part of a deletion that is not closed."""
+        if among is None:
+            self._cancel(keys)
+        self.deletions.add(deletion, keys, among)
 
     def clear(self) -> dict[str, int]:
         """Forget all objects of all tiers; how many there were in each, by its name."""
@@ -272,14 +314,12 @@ class Hierarchy:
         return counts
 
     def flush(self) -> None:
-        """Write to the tiers that outlive the process what they do not have."""
+        """Write to the tiers that outlive the process what they do not have, blocks and labels."""
         for group, ledger in enumerate(self._ledgers):
             for block in ledger.sealed_blocks():
-                key, entry = ledger.key_of(block), ledger.entry_of(block)
-                assert key is not None
-                begin = partial(self.copies.begin, group, block, entry, Occasion.CLOSING, _nothing)
-                if self.copies.wants(stored_key(key, group), Occasion.CLOSING):
-                    self._insist(begin)
+                self._insist(partial(self._begin_last, group, block))
+        self.relabels.make_all_due()
+        self.poll(is_busy=False)
         self.settle(_FLUSH_S)
         if self.num_moves:
             _log.warning("%d blocks were not written before closing", self.num_moves)
@@ -290,10 +330,24 @@ class Hierarchy:
         self.lookups.close()
         self.loads.close()
         self.copies.close()
+        self.deletions.close()
+        self.relabels.close()
         self._spills.close(timeout_s=_FLUSH_S)
         self.stack.close()
 
     # --- parts -----------------------------------------------------------------------------------
+
+    def cancel_loads(self, keys: Iterable[BlockKey]) -> None:
+        """What is on its way up is not to be used."""
+        if self.loads.num_under_way:
+            groups = range(len(self.spec.groups))
+            self.loads.cancel(stored_key(key, group) for key in keys for group in groups)
+
+    def _cancel(self, keys: Sequence[StoredKey]) -> None:
+        """What is on its way down, or up, is not to arrive."""
+        self.copies.cancel(keys)
+        self.loads.cancel(keys)
+        self.lookups.forget(keys)
 
     def _begin_spill(self, job: Callable[[], None]) -> bool:
         def work() -> None:
@@ -311,6 +365,15 @@ class Hierarchy:
             self.wait(1.0)
             self.poll(is_busy=False)
 
+    def _begin_last(self, group: int, block: BlockId) -> bool:
+        """Whether a block is on its way for good; one that rested may have left meanwhile."""
+        ledger = self._ledgers[group]
+        key = ledger.key_of(block)
+        if key is None or not self.copies.wants(stored_key(key, group), Occasion.CLOSING):
+            return True
+        entry = ledger.entry_of(block)
+        return self.copies.begin(group, block, entry, Occasion.CLOSING, _nothing)
+
     def _copy_finished(self) -> None:
         for _ in range(min(len(self._finished), _MOST_AT_ONCE)):
             one = self._finished[0]
@@ -324,41 +387,12 @@ class Hierarchy:
                     return
             self._finished.popleft()
 
-    def _demote_idle(self) -> None:
-        """Blocks that nobody used for `idle_s` leave the device, once they are below."""
-        before_s = self._clock() - (self._idle_s or 0.0)
-        for _ in range(min(len(self._rested), _MOST_AT_ONCE)):
-            place, (key, rested_s) = next(iter(self._rested.items()))
-            if rested_s > before_s:
-                return
-            group, block = place
-            ledger = self._ledgers[group]
-            if ledger.key_of(block) == key and not ledger.pool.num_holders(block):
-                stored = stored_key(key, group)
-                if self.copies.is_under_way(stored):
-                    return
-                if self.copies.wants(stored, Occasion.IDLE):
-                    leave = partial(self._leave, group, block, key)
-                    entry = ledger.entry_of(block)
-                    if not self.copies.begin(group, block, entry, Occasion.IDLE, leave):
-                        return
-                elif self.copies.has_copy(stored):
-                    self._leave(group, block, key)
-            del self._rested[place]
-
     def _note_loaded(self, loaded: Loaded) -> None:
         if loaded.at in self.stack.distant:
             self.copies.remember(loaded.key)
         if self.chooser is not None:
             name = self.stack.tiers[loaded.at].name
             self.chooser.observe_load(name, loaded.num_bytes, loaded.seconds, loaded.queued_bytes)
-
-    def _leave(self, group: int, block: BlockId, key: BlockKey) -> None:
-        """Let go of a block that is below, unless somebody has come to use it."""
-        ledger = self._ledgers[group]
-        if ledger.key_of(block) == key and not ledger.pool.num_holders(block):
-            self.before_forgetting(group, [block])
-            self._places.forget(group, [block])
 
 
 def _nothing() -> None:

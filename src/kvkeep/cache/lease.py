@@ -7,6 +7,7 @@ from typing import Self
 
 from kvkeep.blocks import TokenChain
 from kvkeep.cache.decision import Decision
+from kvkeep.cache.lifetimes import Claim
 from kvkeep.spec import BlockId, BlockKey, Span
 
 __all__ = ["BlockTable", "Lease", "PendingLoad"]
@@ -82,6 +83,7 @@ class Lease:
         gaps: Sequence[Span],
         *,
         publishes: bool,
+        claim: Claim,
         close: Callable[["Lease"], None],
     ) -> None:
         self.chain = chain
@@ -94,10 +96,23 @@ class Lease:
         self.loads: set[PendingLoad] = set()
         self.loaded: dict[int, str] = {}
         self.failed: dict[PendingLoad, str] = {}
-        self.publishes = publishes
+        self.claim = claim
+        # Whether the claim is this lease's alone, and ends with it.
+        self.owns_claim = False
+        self._publishes = publishes
         self.reused_tokens = len(chain) - sum(len(gap) for gap in gaps)
         self.is_open = True
         self._close = close
+
+    @property
+    def publishes(self) -> bool:
+        """Whether others find what the request computes; never again once its claim is void."""
+        return self._publishes and self.claim.publishes
+
+    @publishes.setter
+    def publishes(self, publishes: bool) -> None:
+        """Say whether others are to find it."""
+        self._publishes = publishes
 
     @property
     def num_pending(self) -> int:

@@ -4,7 +4,7 @@ A load has a holder of its own on its block, so that the place stays its own unt
 whatever becomes of the request. The block is published when its bytes are verified, and never otherwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
@@ -13,16 +13,21 @@ from kvkeep.blocks import Entry, stored_key
 from kvkeep.cache.base import PayloadStore
 from kvkeep.cache.lease import Lease, PendingLoad
 from kvkeep.cache.places import Places
+from kvkeep.cache.sealing import block_entry
 from kvkeep.cache.stored_blocks import wanted_header
-from kvkeep.planning import StoredBlock
-from kvkeep.spec import BlockId, KVSpec, StoredKey
+from kvkeep.planning import GroupBlocks, StoredBlock
+from kvkeep.spec import BlockId, BlockKey, KVSpec, StoredKey
 from kvkeep.tiers.base import Miss, MissCause, Tier
 from kvkeep.tiers.lanes import Lane, Results
 from kvkeep.tiers.reading import Verified, read_block
 from kvkeep.tiers.stack import TierStack
 from kvkeep.tiers.stored_form import StoredHeader, header_bytes
 
-__all__ = ["LoadCounts", "Loaded", "Loads"]
+__all__ = ["Admit", "LoadCounts", "Loaded", "Loads"]
+
+# Judges the labels of a block that has arrived, for that number of a lease if one waits: None to use it, or
+# the cause for which it must not be.
+Admit = Callable[[Entry, Lease | None, int, bytes], str | None]
 
 # A load that takes longer than this is given up: its block is computed instead.
 LATE_S = 30.0
@@ -66,6 +71,7 @@ class _Flight:
     queued_bytes: int
     arrived_s: float = 0.0
     is_late: bool = False
+    is_cancelled: bool = False
 
 
 class Loads:
@@ -97,6 +103,8 @@ class Loads:
         self._queued_bytes = [0] * len(stack.tiers)
         self.counts = [LoadCounts() for _ in stack.tiers]
         self.on_loaded: Callable[[Loaded], None] | None = None
+        self.admit: Admit | None = None
+        self.on_sealed: Callable[[BlockKey], None] | None = None
 
     @property
     def num_under_way(self) -> int:
@@ -119,6 +127,20 @@ class Loads:
     def holds(self) -> list[tuple[int, BlockId]]:
         """Group and block of every place that a load holds."""
         return [(flight.group, flight.block) for flight in self._flights.values()]
+
+    def begin_all(
+        self,
+        lease: Lease,
+        group_blocks: Sequence[GroupBlocks],
+        group_to_loads: Sequence[Sequence[int]],
+    ) -> None:
+        """Begin to load the given numbers of each group, all of which lie in some tier."""
+        for group, numbers in enumerate(group_to_loads):
+            known = group_blocks[group].blocks
+            for number in numbers:
+                source = known[number]
+                assert isinstance(source, StoredBlock)
+                self.begin(lease, group, number, block_entry(lease.chain, number), source)
 
     def begin(
         self, lease: Lease, group: int, number: int, entry: Entry, source: StoredBlock
@@ -163,13 +185,20 @@ class Loads:
                 continue
             flight.is_late = True
             if flight.lease is not None:
-                self._settle(flight, Miss(MissCause.LATE, f"{self._late_s:g} s"))
+                self._settle(flight, MissCause.LATE)
 
     def forget(self, lease: Lease) -> None:
         """The lease is closed; what arrives for it is kept all the same."""
         for flight in self._flights.values():
             if flight.lease is lease:
                 flight.lease = None
+
+    def cancel(self, keys: Iterable[StoredKey]) -> None:
+        """The content of these is forgotten: what arrives is not to be used."""
+        if self._flights:
+            for key in keys:
+                if key in self._flights:
+                    self._flights[key].is_cancelled = True
 
     def close(self) -> None:
         """End the threads; the results of what they finish are still to be taken."""
@@ -204,22 +233,35 @@ class Loads:
             flight.group, flight.block, payload, result.layout
         ):
             result = Miss(MissCause.MISMATCH, f"layout {result.layout}")
+        cause = result.cause if isinstance(result, Miss) else self._refuse(flight, result.labels)
         if isinstance(result, Verified):
             self._count(key, flight)
-            if flight.lease is not None or ledger.pool.num_holders(flight.block) == 1:
-                ledger.seal([flight.block], [flight.entry])
+        if cause is None and (
+            flight.lease is not None or ledger.pool.num_holders(flight.block) == 1
+        ):
+            ledger.seal([flight.block], [flight.entry])
+            if self.on_sealed is not None:
+                self.on_sealed(flight.entry.key)
         if flight.lease is not None:
-            self._settle(flight, result if isinstance(result, Miss) else None)
+            self._settle(flight, cause)
         self._places.release(flight.group, [flight.block])
 
-    def _settle(self, flight: _Flight, miss: Miss | None) -> None:
+    def _refuse(self, flight: _Flight, labels: bytes) -> str | None:
+        """Why a block that is whole must not be used all the same."""
+        if flight.is_cancelled:
+            return "invalidated"
+        if self.admit is None:
+            return None
+        return self.admit(flight.entry, flight.lease, flight.pending.number, labels)
+
+    def _settle(self, flight: _Flight, cause: str | None) -> None:
         """Take the load off its lease: as loaded, or as failed."""
         assert flight.lease is not None
-        flight.lease.finish_load(flight.pending, None if miss is None else miss.cause)
+        flight.lease.finish_load(flight.pending, cause)
         flight.lease = None
-        if miss is not None:
+        if cause is not None:
             failures = self.counts[flight.at].failures
-            failures[miss.cause] = failures.get(miss.cause, 0) + 1
+            failures[cause] = failures.get(cause, 0) + 1
 
     def _count(self, key: StoredKey, flight: _Flight) -> None:
         num_bytes = flight.header.payload_bytes + header_bytes(self._spec.block_size)

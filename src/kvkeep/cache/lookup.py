@@ -16,7 +16,7 @@ from kvkeep.planning import (
 )
 from kvkeep.spec import BlockKey, KVSpec
 
-__all__ = ["FindBelow", "RequestPlan", "plan_request", "without_loads"]
+__all__ = ["FindBelow", "FindDead", "RequestPlan", "plan_request", "without_loads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class RequestPlan:
 
 # Which of a group's keys lie in some tier.
 FindBelow = Callable[[int, Sequence[BlockKey]], Mapping[BlockKey, StoredBlock]]
+# Which keys have expired.
+FindDead = Callable[[Sequence[BlockKey]], Collection[BlockKey]]
 
 
 def plan_request(
@@ -38,12 +40,17 @@ def plan_request(
     chain: TokenChain,
     *,
     read: bool,
+    find_dead: FindDead,
     find_below: FindBelow | None = None,
 ) -> RequestPlan:
-    """What to share, to load and to compute for `chain`; with `read=False` nothing is known."""
+    """What to share, to load and to compute for `chain`; with `read=False` nothing is known.
+
+    What has expired is not known either, wherever it still lies.
+    """
     num_full = len(chain) // spec.block_size
     keys = chain.keys[:num_full]
     contents = chain.block_content(0, num_full) if read else []
+    dead = find_dead(keys) if read else ()
     groups = []
     for at, ledger in enumerate(ledgers):
         known: list[Known] = [None] * num_full
@@ -51,8 +58,12 @@ def plan_request(
             known = list(ledger.find(keys, contents))
         if read and find_below is not None:
             _add_stored(known, keys, partial(find_below, at))
+        if dead:
+            known = [None if key in dead else one for key, one in zip(keys, known, strict=True)]
         groups.append(GroupBlocks(ledger.spec, known))
-    hit = _find_partial(chain, ledgers, groups) if read and not spec.is_recurrent else None
+    hit = None
+    if read and not spec.is_recurrent:
+        hit = _find_partial(chain, ledgers, groups, find_dead)
     return RequestPlan(plan_coverage(len(chain), spec.block_size, groups, hit), groups)
 
 
@@ -87,7 +98,10 @@ def _add_stored(
 
 
 def _find_partial(
-    chain: TokenChain, ledgers: Sequence[BlockLedger], groups: Sequence[GroupBlocks]
+    chain: TokenChain,
+    ledgers: Sequence[BlockLedger],
+    groups: Sequence[GroupBlocks],
+    find_dead: FindDead,
 ) -> PartialHit | None:
     """A known block that begins like the first block behind everything known."""
     backwards = zip(*(reversed(group.blocks) for group in groups), strict=True)
@@ -98,7 +112,7 @@ def _find_partial(
     if not tokens:
         return None
     match = ledgers[0].find_partial(chain.parent_key(number), tokens)
-    if match is None:
+    if match is None or find_dead([match.key]):
         return None
     blocks = [ledger.get(match.key) for ledger in ledgers]
     known = tuple(block for block in blocks if block is not None)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from kvkeep.cache.explain.miss import Miss
 from kvkeep.planning import PlannerStats
 from kvkeep.tiers.base import TierStats
 
@@ -22,6 +23,7 @@ class Receipt:
     `tokens_by_source` splits the prompt tokens by where their K/V came from: "device", a tier's
     name, or "computed". `recomputed_tokens` were computed again after the request was preempted.
     `load_failures` counts, by cause, the blocks that a tier did not give and that were computed instead.
+    `miss` says why not more was reused, to requests that asked.
     """
 
     prompt_tokens: int
@@ -32,6 +34,7 @@ class Receipt:
     recomputed_tokens: int = 0
     num_preemptions: int = 0
     load_failures: dict[str, int] = field(default_factory=dict)
+    miss: Miss | None = None
     first_token_s: float | None = None
     total_s: float = 0.0
 

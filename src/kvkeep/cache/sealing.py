@@ -5,9 +5,9 @@ from itertools import repeat
 
 from kvkeep.blocks import BlockLedger, Entry, TokenChain
 from kvkeep.cache.lease import BlockTable
-from kvkeep.spec import BlockId, Span
+from kvkeep.spec import BlockId, KVSpec, LayerKind, Span
 
-__all__ = ["block_entry", "seal_spans", "state_entry"]
+__all__ = ["block_entry", "seal_spans", "sealed_numbers", "state_entry"]
 
 
 def seal_spans(
@@ -27,6 +27,17 @@ def seal_spans(
         ]
         own: list[BlockId] = [block for block, _ in filled]
         ledger.seal(own, [entry for _, entry in filled])
+
+
+def sealed_numbers(spec: KVSpec, spans: Sequence[Span]) -> list[int]:
+    """Numbers of the blocks that a step over `spans` has published, in order."""
+    size = spec.block_size
+    if all(span.start // size == span.stop // size for span in spans):
+        return []
+    if all(group.kind is LayerKind.RECURRENT for group in spec.groups):
+        number, rest = divmod(spans[-1].stop, size)
+        return [] if rest else [number - 1]
+    return [number for span in spans for number in range(span.start // size, span.stop // size)]
 
 
 def state_entry(chain: TokenChain, position: int) -> Entry | None:

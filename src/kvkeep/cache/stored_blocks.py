@@ -36,10 +36,12 @@ def put_block(
     payload: memoryview,
     layout: str,
     occasion: Occasion,
+    labels: bytes = b"",
 ) -> dict[int, PutOutcome]:
-    """Write a payload, with the header it needs, to the tiers that take it; what became of it in each."""
+    """Write a payload, with header and labels, to the tiers that take it; what became of it in each."""
     num_bytes = payload.nbytes
     header = wanted_header(spec, group, entry, num_bytes, layout, checksum([payload]))
     parts = stored_parts(header, spec.block_size, payload)
     key = stored_key(entry.key, group)
-    return stack.put(key, parts, header_bytes(spec.block_size) + num_bytes, occasion)
+    object_bytes = header_bytes(spec.block_size) + num_bytes
+    return stack.put(key, parts, object_bytes, occasion, labels=labels)

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from math import inf
 from typing import Any, Self
 
+from kvkeep.config.durations import parse_duration
 from kvkeep.config.extensions import ExtensionGroup, find_extension
 from kvkeep.errors import ConfigError
 from kvkeep.spec import check_format_name
@@ -34,6 +36,12 @@ class EngineSettings:
     the device for the tiers below it, where there are any; None keeps them until their room is needed.
     `loading` "measured" loads from tiers what is quicker loaded than computed on this machine, as steps and
     loads have shown; "always" loads all there is. `calibration_folder` keeps what they have shown, or None.
+
+    `default_ttl` is how long blocks of requests live that do not say so (seconds, "1h", "never"; None: never
+    ends), `session_ttl` after how long without use a session ends. What tiers hold counts as expired
+    `max_clock_skew_s` early, for clocks of machines that differ. Pins may hold `pin_share` of the device's
+    blocks. With context="auto" a prompt that keeps less than `context_share` of its session's last chain is
+    about something else: see kvkeep.cache.lifetimes.relevance.
     """
 
     block_size: int = 32
@@ -52,6 +60,11 @@ class EngineSettings:
     idle_s: float | None = 60.0
     loading: str = "measured"
     calibration_folder: str | None = "~/.cache/kvkeep/calibration"
+    default_ttl: float | str | None = None
+    session_ttl: float | str | None = None
+    max_clock_skew_s: float = 0.0
+    pin_share: float = 0.2
+    context_share: float = 0.5
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
@@ -72,6 +85,7 @@ class EngineSettings:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field}={value!r} is not a positive integer; give at least 1")
         _check_time(self.idle_s)
+        self._check_lifetimes()
         if self.policy not in _POLICIES:
             find_extension(ExtensionGroup.POLICIES, str(self.policy), built_in=_POLICIES)
         check_format_name(self.kv_format)
@@ -87,6 +101,21 @@ class EngineSettings:
         _check_choice("kernels", self.kernels, _KERNELS)
         _check_choice("loading", self.loading, _LOADING)
         _check_choice("mode", self.mode, _MODES)
+
+    def _check_lifetimes(self) -> None:
+        for field in ("default_ttl", "session_ttl"):
+            if getattr(self, field) is not None:
+                parse_duration(field, getattr(self, field))
+        skew = self.max_clock_skew_s
+        if not (_is_number(skew) and 0 <= skew < inf):
+            raise ConfigError(f"max_clock_skew_s={skew!r} is no time; give seconds, 0 or more")
+        for field in ("pin_share", "context_share"):
+            _check_share(field, getattr(self, field))
+
+
+def _check_share(field: str, value: object) -> None:
+    if not (_is_number(value) and 0 <= value <= 1):  # type: ignore[operator]
+        raise ConfigError(f"{field}={value!r} is no share; give a number from 0 to 1")
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:

@@ -10,9 +10,11 @@ from time import perf_counter
 from torch import Tensor
 
 from kvkeep.blocks import Namespace, TokenChain
+from kvkeep.cache.explain import History, Outline, Sent
 from kvkeep.config import CacheOptions, EngineSettings, SamplingParams
 from kvkeep.engine.calibrate import calibrate, keep_calibration
 from kvkeep.engine.detokenizer import TokenDecoder
+from kvkeep.engine.explaining import Explaining
 from kvkeep.engine.generation import EndTokens, Generation, OutputStream
 from kvkeep.engine.outputs import FinishReason, Piece
 from kvkeep.engine.sampler import InvalidLogitsError, Sampled, Sampler
@@ -50,6 +52,7 @@ class Engine:
             max_batch_tokens=settings.max_batch_tokens,
             max_requests=settings.max_requests,
         )
+        self._explaining = Explaining(self.cache)
         self._ids = count()
         self._generations: dict[RequestId, Generation] = {}
         self._request_to_output: dict[Request, tuple[Generation, OutputStream]] = {}
@@ -57,6 +60,11 @@ class Engine:
         self.num_steps = 0
         if installed.chooser is not None:
             installed.chooser.start_from(calibrate(installed, settings.calibration_folder))
+
+    @property
+    def history(self) -> History:
+        """What was sent and given up lately, for questions about prompts that were not sent."""
+        return self._explaining.history
 
     @property
     def has_work(self) -> bool:
@@ -84,19 +92,41 @@ class Engine:
         )
 
     def add(
-        self, prompt_ids: Sequence[int], params: SamplingParams, options: CacheOptions
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        options: CacheOptions,
+        *,
+        outline: Outline | None = None,
+        owner: str | None = None,
+        explains: bool = False,
     ) -> RequestId:
-        """Queue a prompt. Raises RequestError for one that is malformed, CapacityError for one too big."""
+        """Queue a prompt. With `explains` its receipt says why it missed: see kvkeep.cache.explain.
+
+        `outline` is what it is made of. `owner` is the tenant, who is told of its prompts under other salts
+        too.
+        Raises RequestError for one that is malformed, CapacityError for one too big, or for a pin too many.
+        """
         chain = self.chain(prompt_ids, options.salt)
         self._refuse_misfits(chain, params)
+        claim = self.cache.open_claim(options, chain)
         request_id = RequestId(next(self._ids))
-        request = Request(request_id, chain, params, options)
+        request = Request(request_id, chain, params, options, claim)
         if options.read:
             request.lookup = self.cache.look_up(chain)
         first = OutputStream(request, 0, list(prompt_ids), self._tokenizer)
         generation = Generation(request_id, first)
         self._generations[request_id] = generation
         self._request_to_output[request] = (generation, first)
+        sent = Sent(
+            namespace=self.namespace(options.salt),
+            chain=chain,
+            outline=outline or Outline(),
+            session=options.session,
+            owner=owner,
+            reads=options.read,
+        )
+        self._explaining.add(request, sent, is_wanted=explains)
         self._scheduler.add(request)
         return request_id
 
@@ -127,6 +157,7 @@ class Engine:
                 for generation in failed:
                     self._pieces += self._end_all(generation, FinishReason.ERROR)
                 raise
+            self._explain(plan.work)
             for work in plan.work:
                 self.cache.commit(work.request.held_lease(), work.spans)
             self._pieces += self._advance(plan.work, logits_RV)
@@ -152,6 +183,13 @@ class Engine:
             spans = [span for item in planned for span in item.spans]
             self.installed.chooser.observe_step(spans, perf_counter() - began_s)
         return logits_RV
+
+    def _explain(self, planned: Sequence[PlannedWork]) -> None:
+        """Say to those that run for the first time, and asked, why they compute what they do."""
+        for item in planned:
+            miss = self._explaining.explain(item.request)
+            if miss is not None:
+                self._request_to_output[item.request][0].miss = miss
 
     def _advance(self, planned: Sequence[PlannedWork], logits_RV: Tensor) -> list[Piece]:
         """Choose the next token of every request that has computed all it knew."""
@@ -209,10 +247,17 @@ class Engine:
         return generation.piece(output, [], text)
 
     def _close(self, generation: Generation, output: OutputStream) -> None:
+        lease = output.request.lease
+        # Beside the last token of an answer, which is never computed.
+        is_whole = lease is not None and not lease.loads and lease.num_pending <= 1
         self._scheduler.finish(output.request)
+        self._explaining.finish(output.request, is_whole=is_whole)
         del self._request_to_output[output.request]
         if generation.is_finished:
             del self._generations[generation.request_id]
+            first = generation.outputs[0].request
+            if first.claim is not None:
+                self.cache.close_claim(first.claim, first.chain)
 
     def _fork(self, generation: Generation) -> list[OutputStream]:
         """Outputs 2 to n, once the prompt is computed: they share its blocks, and its logits if they fit.
@@ -227,7 +272,11 @@ class Engine:
                 lease = self.cache.fork(first.request.held_lease())
             chain = lease.chain if lease else first.request.chain.fork()
             request = Request(
-                RequestId(next(self._ids)), chain, generation.params, first.request.options
+                RequestId(next(self._ids)),
+                chain,
+                generation.params,
+                first.request.options,
+                first.request.claim,
             )
             prompt_ids = chain.tokens(0, first.request.num_prompt)
             output = OutputStream(request, choice, prompt_ids, self._tokenizer)

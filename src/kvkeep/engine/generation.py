@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from kvkeep.cache import Receipt
+from kvkeep.cache.explain import Miss
 from kvkeep.config import SamplingParams
 from kvkeep.engine.detokenizer import IncrementalDetokenizer, TokenDecoder
 from kvkeep.engine.outputs import FinishReason, Piece
@@ -85,6 +86,7 @@ class Generation:
         self.num_expected = first.request.params.n if first.request.params.max_tokens else 1
         self._started_s = perf_counter()
         self._first_token_s: float | None = None
+        self.miss: Miss | None = None
 
     @property
     def params(self) -> SamplingParams:
@@ -125,6 +127,7 @@ class Generation:
             tokens_by_source=_by_source(reused, computed, first.tokens_by_source),
             recomputed_tokens=sum(output.request.recomputed_tokens for output in self.outputs),
             load_failures=dict(first.load_failures),
+            miss=self.miss,
             num_preemptions=sum(output.request.num_preemptions for output in self.outputs),
             first_token_s=self._first_token_s,
             total_s=perf_counter() - self._started_s,

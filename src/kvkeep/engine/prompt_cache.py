@@ -1,9 +1,27 @@
-"""The cache as the user of an LLM sees it: by token ids and salt."""
+"""The cache as the user of an LLM sees it: by token ids, salts, tags and names."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from kvkeep.cache import CacheStats, DropReceipt, VerifyReport
+from kvkeep.cache import (
+    BlockReport,
+    CacheStats,
+    DropReceipt,
+    PinId,
+    PinReport,
+    Purge,
+    PurgeReceipt,
+    Query,
+    QuotaReport,
+    Receipt,
+    Selector,
+    SessionId,
+    SessionReport,
+    VerifyReport,
+)
+from kvkeep.cache.administration import Administration
+from kvkeep.config import CacheOptions, parse_bytes
+from kvkeep.config.cache_options import check_name
 from kvkeep.engine.engine import Engine
 from kvkeep.engine.portable import (
     ExportReceipt,
@@ -13,15 +31,24 @@ from kvkeep.engine.portable import (
 )
 from kvkeep.errors import RequestError
 from kvkeep.planning import Coverage
+from kvkeep.spec import BlockKey
 
 __all__ = ["PromptCache"]
 
+# Serves a prompt without output, to its end.
+Compute = Callable[[Sequence[int], CacheOptions], Receipt]
+
 
 class PromptCache:
-    """Questions and orders about what an engine's cache holds."""
+    """Questions and orders about what an engine's cache holds; for the thread that owns the engine.
 
-    def __init__(self, engine: Engine) -> None:
+    Sessions are of a tenant: with `salt` that of the requests, else None.
+    """
+
+    def __init__(self, engine: Engine, compute: Compute | None = None) -> None:
         self._engine = engine
+        self._compute = compute
+        self._salt_to_quota: dict[str, int] = {}
 
     def coverage(self, token_ids: Sequence[int], *, salt: str | None = None) -> Coverage:
         """Which runs of the tokens are known, and where. Changes nothing."""
@@ -50,6 +77,128 @@ class PromptCache:
         """
         return self._engine.cache.clear(tiers=tiers)
 
+    # --- lifetimes -------------------------------------------------------------------------------
+
+    def purge(self, selector: Selector, *, dry_run: bool = False) -> PurgeReceipt:
+        """Forget what a selector means, everywhere, and wait for it; with `dry_run` count it only.
+
+        Requests that run with such a tag, session or salt publish nothing any more.
+        """
+        return self._admin.purges.purge(self._resolve(selector), dry_run=dry_run)
+
+    def begin_purge(self, selector: Selector) -> Purge:
+        """The same without waiting for tiers to delete: nothing of it is served from now on."""
+        return self._admin.purges.begin(self._resolve(selector))
+
+    def keys(self, token_ids: Sequence[int], *, salt: str | None = None) -> tuple[BlockKey, ...]:
+        """The keys of a prompt's full blocks, for a Selector."""
+        return tuple(self._engine.chain(token_ids, salt).keys)
+
+    def expire(self) -> PurgeReceipt:
+        """Forget now what has expired; otherwise it is forgotten between steps."""
+        return self._admin.purges.expire()
+
+    def erase(self, salt: str) -> PurgeReceipt:
+        """Forget all of a tenant, pinned or not; its running requests publish nothing any more."""
+        receipt = self.purge(Selector(salts=(salt,), include_pinned=True))
+        root = self._root(salt)
+        for session in self._admin.sessions():
+            if session.namespace == root:
+                self._admin.close_session(SessionId(root, session.name))
+        for pin in self._admin.pins():
+            if pin.namespace == root:
+                self._admin.unpin(pin.name)
+        return receipt
+
+    def entries(
+        self, selector: Selector, *, limit: int = 100, after: BlockKey | None = None
+    ) -> list[BlockReport]:
+        """Blocks that a selector means, the last used first; `after` continues an earlier list."""
+        return self._admin.blocks(self._resolve(selector), limit=limit, after=after)
+
+    # --- sessions --------------------------------------------------------------------------------
+
+    def close_session(self, name: str, *, salt: str | None = None) -> PurgeReceipt:
+        """End a session: blocks that only it uses are forgotten everywhere. An unknown one has none."""
+        return self._admin.close_session(self._session_id(name, salt))
+
+    def sessions(self) -> list[SessionReport]:
+        """All sessions of all tenants, the longest unused first."""
+        return self._admin.sessions()
+
+    def session(self, name: str, *, salt: str | None = None) -> SessionReport:
+        """One session. Raises RequestError where there is none of that name."""
+        return self._admin.session(self._session_id(name, salt))
+
+    def fork_session(self, name: str, new_name: str, *, salt: str | None = None) -> SessionReport:
+        """Begin a session that uses all blocks of another: closing either leaves them to the other."""
+        child = self._session_id(new_name, salt)
+        self._admin.fork_session(self._session_id(name, salt), child)
+        return self._admin.session(child)
+
+    def export_session(
+        self, path: str | Path, name: str, *, salt: str | None = None
+    ) -> ExportReceipt:
+        """Write the last conversation of a session to a file.
+
+        Raises RequestError for a session that is unknown, or was not used since the start.
+        """
+        session_id = self._session_id(name, salt)
+        self._admin.session(session_id)
+        session = self._engine.cache.lifetimes.sessions.get(session_id)
+        if session is None or session.chain is None:
+            raise RequestError(
+                f"session={name!r} was not used since the start; its tokens are not known"
+            )
+        return export_chains(self._engine.installed, [session.chain], path)
+
+    # --- pins, warm starts, quotas ---------------------------------------------------------------
+
+    def pin(self, token_ids: Sequence[int], *, name: str, salt: str | None = None) -> PinReport:
+        """Keep the known full blocks of a prompt until `unpin`; the name may be used for several.
+
+        Raises CapacityError where pins would keep more than they may, RequestError where nothing is known.
+        """
+        check_name("name", name)
+        return self._admin.pin(PinId(name), self._engine.chain(token_ids, salt))
+
+    def unpin(self, name: str) -> PinReport:
+        """End a pin; what it was when it ended. Raises RequestError for an unknown name."""
+        return self._admin.unpin(PinId(name))
+
+    def pins(self) -> list[PinReport]:
+        """All pins, by name."""
+        return self._admin.pins()
+
+    def warm(self, token_ids: Sequence[int], options: CacheOptions | None = None) -> Receipt:
+        """Compute a prompt that is to be asked later, with the life that `options` give it.
+
+        Raises RequestError where requests are not run by an LLM; send one with max_tokens=0 there.
+        """
+        if self._compute is None:
+            raise RequestError("warm needs an LLM; submit a request with max_tokens=0 instead")
+        return self._compute(token_ids, options or CacheOptions())
+
+    def set_quota(self, salt: str, limit: int | str | None) -> QuotaReport | None:
+        """Limit what a tenant's blocks may take: bytes, "2GB", or None for no limit.
+
+        Each block counts once, wherever it lies; what is too much goes when a request ends.
+        """
+        total = self._engine.cache.stats().capacity_bytes
+        num_bytes = None if limit is None else parse_bytes(limit, total_bytes=total)
+        self._admin.set_quota(self._root(salt), num_bytes)
+        if num_bytes is None:
+            self._salt_to_quota.pop(salt, None)
+            return None
+        self._salt_to_quota[salt] = num_bytes
+        return self._quota(salt)
+
+    def quotas(self) -> list[QuotaReport]:
+        """All quotas, and what is used of them."""
+        return [self._quota(salt) for salt in sorted(self._salt_to_quota)]
+
+    # --- the rest --------------------------------------------------------------------------------
+
     def offload(self) -> int:
         """Move what no request uses down to the tiers now; returns the blocks that left the device."""
         return self._engine.cache.offload()
@@ -75,3 +224,21 @@ class PromptCache:
     def stats(self) -> CacheStats:
         """Bytes and blocks in use, reusable and free."""
         return self._engine.cache.stats()
+
+    @property
+    def _admin(self) -> Administration:
+        return self._engine.cache.administration
+
+    def _root(self, salt: str | None) -> BlockKey:
+        return self._engine.namespace(salt).root_key()
+
+    def _session_id(self, name: str, salt: str | None) -> SessionId:
+        check_name("session", name)
+        return SessionId(self._root(salt), name)
+
+    def _resolve(self, selector: Selector) -> Query:
+        return selector.resolve(self._root, self._engine.cache.lifetimes.clock())
+
+    def _quota(self, salt: str) -> QuotaReport:
+        used = self._admin.used_bytes(self._root(salt))
+        return QuotaReport(salt=salt, limit_bytes=self._salt_to_quota[salt], used_bytes=used)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kvkeep.arena import ArenaGroups, Payloads, fit_blocks
 from kvkeep.blocks import Namespace
 from kvkeep.cache import Chooser, Hierarchy, KVCache
+from kvkeep.cache.lifetimes import Lifetimes, LifetimeSettings
 from kvkeep.config import EngineSettings, parse_bytes
 from kvkeep.hf.fingerprint import longest_context, model_fingerprint, position_regime
 from kvkeep.hf.format_probe import FormatProbe
@@ -78,6 +79,7 @@ def install(
             memory.arenas,
             policy=settings.policy,
             below=below,
+            lifetimes=Lifetimes(LifetimeSettings.of(settings)),
         ),
         arenas=memory.arenas,
         paged=PagedModel(model, verdict.geometry, memory.arenas, memory.backend, verdict.mode),

@@ -8,10 +8,21 @@ from kvkeep.errors import ConfigError
 from kvkeep.policies.base import EvictionPolicy, Item
 from kvkeep.policies.gdsf import GDSF
 from kvkeep.policies.lru import LRU
+from kvkeep.policies.ranked import DEFAULT_RANK, FIRST_RANK, Ranked
 from kvkeep.policies.s3fifo import S3FIFO
 from kvkeep.policies.slru import SLRU
 
-__all__ = ["GDSF", "LRU", "S3FIFO", "SLRU", "EvictionPolicy", "make_policy"]
+__all__ = [
+    "DEFAULT_RANK",
+    "FIRST_RANK",
+    "GDSF",
+    "LRU",
+    "S3FIFO",
+    "SLRU",
+    "EvictionPolicy",
+    "Ranked",
+    "make_policy",
+]
 
 
 def make_policy(name: str, *, by_content: bool = False) -> EvictionPolicy[Item]:

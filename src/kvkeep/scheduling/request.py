@@ -5,8 +5,9 @@ from enum import StrEnum
 
 from kvkeep.blocks import TokenChain
 from kvkeep.cache import Lease, Lookup
+from kvkeep.cache.lifetimes import Claim
 from kvkeep.config import CacheOptions, SamplingParams
-from kvkeep.spec import RequestId
+from kvkeep.spec import RequestId, Span
 
 __all__ = ["Request", "RequestStatus"]
 
@@ -20,7 +21,10 @@ class RequestStatus(StrEnum):
 
 
 class Request:
-    """Prompt and output tokens are one chain; what of it is in memory is in the lease."""
+    """Prompt and output tokens are one chain; what of it is in memory is in the lease.
+
+    `claim` is what it puts on its blocks, shared by all outputs of a prompt; None asks for nothing.
+    """
 
     def __init__(
         self,
@@ -28,11 +32,13 @@ class Request:
         chain: TokenChain,
         params: SamplingParams,
         options: CacheOptions,
+        claim: Claim | None = None,
     ) -> None:
         self.request_id = request_id
         self.chain = chain
         self.params = params
         self.options = options
+        self.claim = claim
         self.status = RequestStatus.WAITING
         self.num_prompt = len(chain)
         self.lease: Lease | None = None
@@ -40,6 +46,9 @@ class Request:
         self.reused_tokens: int | None = None
         self.recomputed_tokens = 0
         self.num_preemptions = 0
+        # As the request found the cache: what was to be computed, and block numbers that a tier had.
+        self.found_gaps: tuple[Span, ...] = ()
+        self.found_by_choice: frozenset[int] = frozenset()
         self.load_failures: Counter[str] = Counter()
         self._number_to_source: dict[int, str] = {}
         self._pending_before = 0
@@ -70,6 +79,9 @@ class Request:
         self.status = RequestStatus.RUNNING
         if self.reused_tokens is None:
             self.reused_tokens = min(lease.reused_tokens, self.num_prompt)
+            self.found_gaps = tuple(lease.gaps)
+            if lease.decision is not None:
+                self.found_by_choice = lease.decision.computed
             return
         lost = lease.num_pending - self._pending_before
         if lost > 0 and not self._lost_by_failure:

@@ -130,7 +130,11 @@ class Scheduler:
     def _reserve(self, request: Request) -> Lease | None:
         options = request.options
         return self._cache.reserve(
-            request.chain, read=options.read, write=options.write, lookup=request.lookup
+            request.chain,
+            read=options.read,
+            write=options.write,
+            lookup=request.lookup,
+            claim=request.claim,
         )
 
     def _retry_failed(self) -> None:
@@ -187,6 +191,8 @@ class Scheduler:
                 if self._cache.wait(_WAIT_FOR_ROOM_S):
                     self._cache.poll()  # what has arrived gives up the places that it held
                     continue
+                if self._cache.yield_pins():
+                    continue
                 lease = self._restart_alone(request)
                 spans = self._cut(lease, step.budget)
                 continue
@@ -225,7 +231,9 @@ class Scheduler:
         """Let the only running request begin again without what it holds for later gaps."""
         assert request.held_lease().reused_tokens, "a request that fits has room when it is alone"
         request.preempt()
-        lease = self._cache.reserve(request.chain, read=False, write=request.options.write)
+        lease = self._cache.reserve(
+            request.chain, read=False, write=request.options.write, claim=request.claim
+        )
         assert lease is not None
         request.start(lease)
         return lease

@@ -27,7 +27,7 @@ __all__ = ["Fault", "FaultKind", "FaultyTier"]
 class FaultKind(StrEnum):
     """What can go wrong. The last four are silent: the answer looks right."""
 
-    FAIL = "fail"  # find: absent, get: UNAVAILABLE, put: FAILED, delete: nothing happens
+    FAIL = "fail"  # find: absent, get: UNAVAILABLE, put: FAILED, delete, relabel: nothing happens
     DELAY = "delay"  # `delay_s` pass first
     HANG = "hang"  # nothing happens before `release`
     TRUNCATE = "truncate"  # get: SHORT; put: "stored", but the last byte is missing
@@ -38,7 +38,7 @@ class FaultKind(StrEnum):
     )
 
 
-_OPERATIONS = ("find", "get", "put", "delete")
+_OPERATIONS = ("find", "get", "put", "delete", "relabel")
 _KIND_TO_OPERATIONS: Mapping[FaultKind, Sequence[str]] = {
     FaultKind.TRUNCATE: ("get", "put"),
     FaultKind.FLIP: ("get", "put"),
@@ -49,7 +49,7 @@ _KIND_TO_OPERATIONS: Mapping[FaultKind, Sequence[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One kind of fault of one operation ("find", "get", "put" or "delete").
+    """One kind of fault of one operation ("find", "get", "put", "delete" or "relabel").
 
     It happens to the calls numbered in `calls`, from 0, of that operation on the tier; to others with
     `probability`, for each key on its own. Raises ConfigError for what cannot be.
@@ -114,12 +114,12 @@ class FaultyTier(TierWrapper):
         self._faults = tuple(faults)
 
     def release(self) -> None:
-        """Let hanging calls go on, and later ones not hang until `hold`."""
+        """Let hanging calls go on, and later ones not hang until `hang_again`."""
         with self._gate:
             self._is_held = False
             self._gate.notify_all()
 
-    def hold(self) -> None:
+    def hang_again(self) -> None:
         """Let calls hang again after a `release`; at first they do."""
         with self._gate:
             self._is_held = True
@@ -157,19 +157,22 @@ class FaultyTier(TierWrapper):
                 return got
         return self.inner.get(key, buffers)
 
-    def put(self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int) -> PutOutcome:
+    def put(
+        self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int, labels: bytes = b""
+    ) -> PutOutcome:
         fault = self._draw("put", key, self._begin("put"))
         self._wait(fault)
         match fault.kind if fault else None:
             case FaultKind.FAIL:
                 return PutOutcome.FAILED
             case FaultKind.TRUNCATE if num_bytes:
-                return self.inner.put(key, _without_last_byte(parts, num_bytes), num_bytes - 1)
+                parts = _without_last_byte(parts, num_bytes)
+                return self.inner.put(key, parts, num_bytes - 1, labels)
             case FaultKind.FLIP:
                 parts = self._flipped(key, parts)
             case FaultKind.SWAP:
                 parts = self._swapped(key, parts, num_bytes)
-        outcome = self.inner.put(key, parts, num_bytes)
+        outcome = self.inner.put(key, parts, num_bytes, labels)
         with self._lock:
             self._key_to_bytes[key] = num_bytes
         if fault is not None and fault.kind == FaultKind.VANISH:
@@ -183,6 +186,13 @@ class FaultyTier(TierWrapper):
         if fault is not None and fault.kind == FaultKind.FAIL:
             return 0
         return self.inner.delete(keys)
+
+    def relabel(self, key: StoredKey, labels: bytes) -> bool:
+        fault = self._draw("relabel", key, self._begin("relabel"))
+        self._wait(fault)
+        if fault is not None and fault.kind == FaultKind.FAIL:
+            return False
+        return self.inner.relabel(key, labels)
 
     def close(self) -> None:
         self.release()

@@ -31,9 +31,9 @@ def cut(content: bytes | bytearray, ends: Iterable[int]) -> list[memoryview]:
     return [*parts, view[begin:]]
 
 
-def store_object(tier: Tier, key: StoredKey, num_bytes: int) -> PutOutcome:
+def store_object(tier: Tier, key: StoredKey, num_bytes: int, labels: bytes = b"") -> PutOutcome:
     """Put what belongs under `key`."""
-    return tier.put(key, [memoryview(content_of(key, num_bytes))], num_bytes)
+    return tier.put(key, [memoryview(content_of(key, num_bytes))], num_bytes, labels)
 
 
 def read_object(tier: Tier, key: StoredKey, num_bytes: int) -> bytes | Miss:
@@ -42,7 +42,7 @@ def read_object(tier: Tier, key: StoredKey, num_bytes: int) -> bytes | Miss:
     got = tier.get(key, [memoryview(buffer)])
     if isinstance(got, Miss):
         return got
-    assert got == Got(num_bytes)
+    assert got == Got(num_bytes, got.labels)
     return bytes(buffer)
 
 

@@ -111,12 +111,14 @@ class TierObjectSuite(TierChecks):
     # ------------------------------------------------------------------------ writes in flight
 
     @contextmanager
-    def writing(self, tier: Tier, key: StoredKey, num_bytes: int) -> Iterator[Future[PutOutcome]]:
+    def writing(
+        self, tier: Tier, key: StoredKey, num_bytes: int, labels: bytes = b""
+    ) -> Iterator[Future[PutOutcome]]:
         """A put that has taken its first part; it gets the rest when the block ends."""
         self.needs_bytes()
         held = HeldParts(content_of(key, num_bytes))
         with ThreadPoolExecutor(1) as pool:
-            put = pool.submit(tier.put, key, held, num_bytes)
+            put = pool.submit(tier.put, key, held, num_bytes, labels)
             try:
                 assert held.is_begun.wait(_WAIT_S), "the put did not begin"
                 yield put

@@ -18,7 +18,7 @@ import pytest
 from kvkeep.spec import StoredKey
 from kvkeep.testing.tier_checks import CAPACITY_BYTES
 from kvkeep.testing.tier_contents import content_of, cut, key_of, read_object, store_object
-from kvkeep.testing.tier_object_suite import TierObjectSuite
+from kvkeep.testing.tier_label_suite import TierLabelSuite
 from kvkeep.tiers.base import (
     Got,
     Miss,
@@ -38,7 +38,7 @@ _NUM_THREADS = 4
 _MOST_PUTS = 1000
 
 
-class TierSuite(TierObjectSuite):
+class TierSuite(TierLabelSuite):
     """Everything that `kvkeep.tiers.base.Tier` promises, as tests.
 
     `open_tier` gives a tier that is empty the first time it is asked for a folder, and holds the same objects
@@ -142,48 +142,27 @@ class TierSuite(TierObjectSuite):
         assert gone == [1, 3, 4, 5]
 
     def test_evicted_bytes_are_shown_before_they_go(self, tier: Tier) -> None:
-        """`on_evict` sees each victim whole, when the tier does not have it any more."""
+        """`on_evict` sees each victim whole, with its labels, when the tier does not have it any more."""
         self.capacity_of(tier)
         if not isinstance(tier, SpillingTier):
             pytest.skip("it does not show what it evicts")
         victims: dict[StoredKey, bytes] = {}
 
-        def spill(key: StoredKey, parts: Sequence[memoryview]) -> None:
+        def spill(key: StoredKey, parts: Sequence[memoryview], labels: bytes) -> None:
             assert tier.find([key]) == [Presence.ABSENT]
+            assert labels == key[:5]
             assert key not in victims
             victims[key] = b"".join(parts)
 
         tier.on_evict = spill
         sizes = {key_of(number): 1000 + 3777 * (number % 50) for number in range(150)}
         for key, num_bytes in sizes.items():
-            assert store_object(tier, key, num_bytes) is PutOutcome.STORED
+            assert store_object(tier, key, num_bytes, key[:5]) is PutOutcome.STORED
 
         assert len(victims) == tier.stats().num_evictions > 10
         for key, content in victims.items():
             assert len(content) == sizes[key]
             assert not self.keeps_bytes or content == content_of(key, sizes[key])
-
-    # ---------------------------------------------------------------------------- labels
-
-    def test_labels_stay_with_an_object(self, tier: Tier) -> None:
-        """Labels are empty at first and may grow and shrink; the object's bytes do not change."""
-        key = key_of(1)
-        store_object(tier, key, 5000)
-        if not tier.capabilities.keeps_labels:
-            assert tier.labels(key) is None
-            assert not tier.relabel(key, b"tag")
-            return
-
-        assert tier.labels(key) == b""
-        for labels in (b"tag", b"another", bytes(10_000), b"\0\xff", b""):
-            assert tier.relabel(key, labels)
-            assert tier.labels(key) == labels
-            self.assert_holds(tier, key, 5000)
-        tier.relabel(key, b"old")
-        tier.delete([key])
-        assert tier.labels(key) is None
-        store_object(tier, key, 5000)
-        assert tier.labels(key) == b""
 
     # --------------------------------------------------------------------------- threads
 
@@ -244,6 +223,9 @@ class TierSuite(TierObjectSuite):
         assert list(tier.objects()) == []
         assert tier.labels(key) is None
         assert not tier.relabel(key, b"tag")
+        assert list(tier.labelled()) == []
+        assert tier.hold([key]) == [False]
+        tier.let_go([key])
         tier.touch([key])
         _assert_adds_up(tier.stats())
 
@@ -253,8 +235,10 @@ class TierSuite(TierObjectSuite):
         """Objects, and labels where it keeps them, outlive the process that put them."""
         if not tier.capabilities.is_persistent:
             pytest.skip("it is not persistent")
+        relabels = tier.capabilities.relabels
         for number in range(10):
-            store_object(tier, key_of(number), 1000 + number)
+            before = b"old" if relabels else b"tag %d" % number
+            store_object(tier, key_of(number), 1000 + number, before)
             tier.relabel(key_of(number), b"tag %d" % number)
         tier.delete([key_of(3)])
         listed = set(tier.objects())
@@ -265,10 +249,10 @@ class TierSuite(TierObjectSuite):
             for number in set(range(10)) - {3}:
                 key = key_of(number)
                 buffer = bytearray(1000 + number)
-                assert again.get(key, [memoryview(buffer)]) == Got(1000 + number)
+                labels = b"tag %d" % number if again.capabilities.keeps_labels else None
+                assert again.get(key, [memoryview(buffer)]) == Got(1000 + number, labels or b"")
                 assert not self.keeps_bytes or bytes(buffer) == content_of(key, 1000 + number)
-                keeps_labels = again.capabilities.keeps_labels
-                assert again.labels(key) == (b"tag %d" % number if keeps_labels else None)
+                assert again.labels(key) == labels
             self.assert_lacks(again, key_of(3), 1003)
 
 

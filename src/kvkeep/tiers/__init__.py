@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kvkeep.tiers.base import (
         Capabilities,
         Got,
+        Labelled,
         Miss,
         MissCause,
         Occasion,
@@ -26,6 +27,7 @@ __all__ = [
     "Disk",
     "Got",
     "Host",
+    "Labelled",
     "Miss",
     "MissCause",
     "Occasion",

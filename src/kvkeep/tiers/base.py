@@ -6,26 +6,31 @@ check guards every medium. Any thread may call any method.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self, TypeAlias
 
 from kvkeep.spec import StoredKey
 
 __all__ = [
     "Capabilities",
     "Got",
+    "Labelled",
     "Miss",
     "MissCause",
     "Occasion",
     "Presence",
     "PutOutcome",
+    "Spill",
     "StoredObject",
     "Tier",
     "TierStats",
 ]
+
+# What a tier calls with the bytes and the labels of an object that it evicts.
+Spill: TypeAlias = Callable[[StoredKey, Sequence[memoryview], bytes], None]
 
 
 class Presence(StrEnum):
@@ -51,9 +56,10 @@ class MissCause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Got:
-    """All buffers are filled."""
+    """All buffers are filled. `labels` are those of the object, b"" where it has none."""
 
     num_bytes: int
+    labels: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +94,15 @@ class Capabilities:
     """What a medium can do.
 
     `is_local`: `find` answers from memory, without waiting for a medium. `is_persistent`: objects outlive the
-    process. `is_shared`: other machines see them. `keeps_labels`: `relabel` and `labels` work.
+    process. `is_shared`: other machines see them. `keeps_labels`: labels that a put brings come back, with a
+    get, `labels` and `labelled`. `relabels`: where they are kept, `relabel` replaces them.
     """
 
     is_local: bool
     is_persistent: bool
     is_shared: bool
     keeps_labels: bool
+    relabels: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +113,23 @@ class StoredObject:
     num_bytes: int
 
 
+class Labelled(NamedTuple):
+    """An object and its labels, b"" where it has none.
+
+    A NamedTuple because a start makes one for each object, and a frozen dataclass takes far longer.
+    """
+
+    key: StoredKey
+    num_bytes: int
+    labels: bytes
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TierStats:
     """What a tier holds and what it did. `capacity_bytes` is None where somebody else bounds it.
 
-    `in_use_bytes` are being read or written, `reusable_bytes` wait for a reader; `free_bytes` is None without
-    a capacity. `misses` counts by MissCause, `puts` by PutOutcome.
+    `in_use_bytes` are being read or written, or are held; `reusable_bytes` wait for a reader; `free_bytes` is
+    None without a capacity. `misses` counts by MissCause, `puts` by PutOutcome.
     """
 
     name: str
@@ -156,11 +175,14 @@ class Tier(ABC):
         """
 
     @abstractmethod
-    def put(self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int) -> PutOutcome:
+    def put(
+        self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int, labels: bytes = b""
+    ) -> PutOutcome:
         """Keep `parts`, together `num_bytes`, under `key`; evicts what its policy lets go for it.
 
         Until all parts are written the key is IN_FLIGHT and cannot be got; when `parts` ends early or raises,
-        nothing of it stays, and what it raised is passed on.
+        nothing of it stays, and what it raised is passed on. The object and its labels appear together, where
+        they are kept; what is PRESENT keeps the labels that it has.
         """
 
     @abstractmethod
@@ -182,12 +204,38 @@ class Tier(ABC):
         """Say that these were used elsewhere; where an eviction order is kept, it counts as a use."""
 
     def labels(self, key: StoredKey) -> bytes | None:
-        """The labels of an object, b"" at first; None where there is no such object, or no labels."""
+        """The labels of an object, b"" where it has none; None without the object, or where none are kept."""
         return None
 
     def relabel(self, key: StoredKey, labels: bytes) -> bool:
-        """Replace an object's labels, which survive what the object survives; whether that was done."""
+        """Replace an object's labels, which survive what the object survives; whether that was done.
+
+        Nothing comes into being for a key that is gone.
+        """
         return False
+
+    def relabel_many(self, key_to_labels: Mapping[StoredKey, bytes]) -> list[bool]:
+        """As `relabel`, in two round trips for all where there are any; whether each was done, in order."""
+        return [self.relabel(key, labels) for key, labels in key_to_labels.items()]
+
+    def labelled(self) -> Iterator[Labelled]:
+        """All complete objects with their labels, as `objects`; complete enough to purge by.
+
+        From memory where the tier is local, once it has looked at its medium; else in batches.
+        """
+        for item in self.objects():
+            yield Labelled(item.key, item.num_bytes, self.labels(item.key) or b"")
+
+    def hold(self, keys: Sequence[StoredKey]) -> list[bool]:
+        """Never evict these until `let_go`; for each, whether it is held now.
+
+        Only what is complete can be held; to hold it twice is to hold it once. A delete removes it all the
+        same. Holds end with the process, and with the object.
+        """
+        return [False] * len(keys)
+
+    def let_go(self, keys: Sequence[StoredKey]) -> None:  # noqa: B027 - most hold nothing
+        """Let these be evicted again, as used now."""
 
     def close(self) -> None:  # noqa: B027 - some have nothing to give back
         """Give back files, memory and connections; calling it again does nothing."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kvkeep.policies import EvictionPolicy
 from kvkeep.spec import StoredKey
-from kvkeep.tiers.base import Presence, StoredObject
+from kvkeep.tiers.base import Labelled, Presence, StoredObject
 
 __all__ = ["Admission", "Catalog", "Evicted"]
 
@@ -44,6 +44,8 @@ class _Record:
     is_complete: bool = False
     num_readers: int = 0
     is_deleted: bool = False
+    # Held objects have one reader more.
+    is_held: bool = False
 
 
 @dataclass(slots=True)
@@ -65,9 +67,9 @@ class Catalog:
         begin ──> in flight ──commit──> complete ──acquire──> being read ──release──> complete
                       └─────abort────> gone <──delete or eviction────┘ (after its last reader)
 
-    An object in flight, or being read, is never evicted. `on_free` is called, without the lock, with what is
-    gone for good, so that a medium frees its place after the last reader. `taken` says what an object of so
-    many bytes, with so many bytes of labels, takes of the capacity: all totals count that.
+    An object in flight, held or being read is never evicted. `on_free` is called, without the lock, with what
+    is gone for good, so that a medium frees its place after the last reader. `taken` says what an object of
+    so many bytes, with so many bytes of labels, takes of the capacity: all totals count that.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class Catalog:
 
     @property
     def in_use_bytes(self) -> int:
-        """Bytes of objects being written or read."""
+        """Bytes of objects being written or read, or held."""
         return self._totals.in_use_bytes
 
     @property
@@ -133,6 +135,15 @@ class Catalog:
         with self._lock:
             return [
                 StoredObject(key, record.num_bytes)
+                for key, record in self._totals.key_to_record.items()
+                if record.is_complete
+            ]
+
+    def labelled(self) -> list[Labelled]:
+        """All complete objects with their labels."""
+        with self._lock:
+            return [
+                Labelled(key, record.num_bytes, record.labels)
                 for key, record in self._totals.key_to_record.items()
                 if record.is_complete
             ]
@@ -192,29 +203,36 @@ class Catalog:
             record = self._totals.key_to_record.get(key)
             if record is None or not record.is_complete:
                 return None
-            if not record.num_readers:
-                self._policy.remove([key])
-                self._totals.in_use_bytes += record.taken_bytes
-            record.num_readers += 1
+            self._begin_use(key, record)
             return record.num_bytes
 
     def release(self, key: StoredKey) -> None:
         """End a read; what was deleted meanwhile goes with its last reader."""
-        freed = None
         with self._lock:
-            record = self._totals.key_to_record[key]
-            record.num_readers -= 1
-            if not record.num_readers:
-                if record.is_deleted:
-                    # Out of the policy since `acquire`, which may remember it as used again.
-                    self._policy.forget([key])
-                    self._remove(key, record)
-                    freed = StoredObject(key, record.num_bytes)
-                else:
-                    self._totals.in_use_bytes -= record.taken_bytes
-                    self._policy.insert([key])
+            freed = self._end_use(key, self._totals.key_to_record[key])
         if freed is not None and self._on_free is not None:
             self._on_free(freed)
+
+    def hold(self, keys: Sequence[StoredKey]) -> list[bool]:
+        """Keep complete objects from being evicted until `let_go`; for each, whether it is held now."""
+        are_held = []
+        with self._lock:
+            for key in keys:
+                record = self._totals.key_to_record.get(key)
+                if record is not None and record.is_complete and not record.is_held:
+                    record.is_held = True
+                    self._begin_use(key, record)
+                are_held.append(record is not None and record.is_held)
+        return are_held
+
+    def let_go(self, keys: Sequence[StoredKey]) -> None:
+        """Let held objects be evicted again, as used now."""
+        with self._lock:
+            for key in keys:
+                record = self._totals.key_to_record.get(key)
+                if record is not None and record.is_held:
+                    record.is_held = False
+                    self._end_use(key, record)
 
     def touch(self, keys: Sequence[StoredKey]) -> None:
         """Count a use of the complete ones among these, which lie in chain order."""
@@ -232,15 +250,17 @@ class Catalog:
                 if record is None or record.is_deleted:
                     continue
                 num_deleted += 1
-                if record.num_readers or not record.is_complete:
-                    # Still there for its reader, and for nobody else.
-                    record.is_deleted = True
-                    record.is_complete = False
-                else:
+                if record.is_complete and record.num_readers == record.is_held:
+                    if not record.is_held:
+                        self._totals.in_use_bytes += record.taken_bytes
                     self._policy.forget([key])
-                    self._totals.in_use_bytes += record.taken_bytes
                     self._remove(key, record)
                     freed.append(StoredObject(key, record.num_bytes))
+                else:
+                    # Still there for its reader, and for nobody else.
+                    record.num_readers -= record.is_held
+                    record.is_held = record.is_complete = False
+                    record.is_deleted = True
         if self._on_free is not None:
             for item in freed:
                 self._on_free(item)
@@ -273,6 +293,26 @@ class Catalog:
             totals.used_bytes += grown
             totals.in_use_bytes += grown if record.num_readers else 0
             return True
+
+    def _begin_use(self, key: StoredKey, record: _Record) -> None:
+        if not record.num_readers:
+            self._policy.remove([key])
+            self._totals.in_use_bytes += record.taken_bytes
+        record.num_readers += 1
+
+    def _end_use(self, key: StoredKey, record: _Record) -> StoredObject | None:
+        """End a read or a hold; what is gone with that, and has to be freed."""
+        record.num_readers -= 1
+        if record.num_readers:
+            return None
+        if record.is_deleted:
+            # Out of the policy since it was used, which may remember it as used again.
+            self._policy.forget([key])
+            self._remove(key, record)
+            return StoredObject(key, record.num_bytes)
+        self._totals.in_use_bytes -= record.taken_bytes
+        self._policy.insert([key])
+        return None
 
     def _admit(self, key: StoredKey, taken_bytes: int) -> Admission | None:
         """Count a new object, evicting others; None, and no change, where it cannot be."""

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 
 from kvkeep.errors import ConfigError, TierError
 from kvkeep.policies import EvictionPolicy, make_policy
@@ -19,6 +20,7 @@ from kvkeep.spec import StoredKey
 from kvkeep.tiers.base import (
     Capabilities,
     Got,
+    Labelled,
     Miss,
     MissCause,
     Presence,
@@ -38,6 +40,8 @@ __all__ = ["DiskTier"]
 _LOGGER = logging.getLogger(__name__)
 # A file that holds nothing yet takes a block.
 _LEAST_CAPACITY = 4096
+# Who asks for all labels waits so long, at most, for the first look at all files.
+_SCAN_WAIT_S, _SCAN_STEP_S = 60.0, 0.1
 
 
 class DiskTier(Tier):
@@ -135,12 +139,14 @@ class DiskTier(Tier):
             self._shelf.forget(key)
         return self._tally.miss(got.cause, got.reason)
 
-    def put(self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int) -> PutOutcome:
+    def put(
+        self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int, labels: bytes = b""
+    ) -> PutOutcome:
         if not self._is_open or self._writes.is_off:
             return self._tally.put(PutOutcome.FAILED)
         source = _Source(parts)
         try:
-            outcome = self._put(key, source.parts, num_bytes)
+            outcome = self._put(key, source.parts, num_bytes, labels)
         except OSError as error:
             if error is source.error:
                 raise
@@ -187,7 +193,7 @@ class DiskTier(Tier):
         if num_bytes is None:
             return False
         try:
-            is_done = self._copy(key, num_bytes, labels)
+            is_done = self._relabel(key, num_bytes, labels)
         except OSError as error:
             is_done = False
             self._failed_to_write(error)
@@ -196,6 +202,26 @@ class DiskTier(Tier):
         if not is_done:
             self._shelf.forget(key)
         return is_done
+
+    def labelled(self) -> Iterator[Labelled]:
+        """Waits until all files have been looked at once: some may be newer than the index."""
+        until = monotonic() + _SCAN_WAIT_S
+        while self._is_open and not self._is_failing() and monotonic() < until:
+            if self._keeper.wait(_SCAN_STEP_S):
+                break
+        return iter(self._catalog.labelled() if self._is_open else [])
+
+    def hold(self, keys: Sequence[StoredKey]) -> list[bool]:
+        """In this process: others that share the folder do not know of it."""
+        if not self._is_open:
+            return [False] * len(keys)
+        for key, presence in zip(keys, self._catalog.find(keys), strict=True):
+            if presence is Presence.ABSENT:
+                self._is_adopted(key)
+        return self._catalog.hold(keys)
+
+    def let_go(self, keys: Sequence[StoredKey]) -> None:
+        self._catalog.let_go(keys)
 
     def quarantine(self, key: StoredKey, reason: str) -> None:
         """Take an object out of use whose bytes are not what they should be; its file is put aside."""
@@ -230,15 +256,17 @@ class DiskTier(Tier):
             self._keeper.close()
             self._shelf.close()
 
-    def _put(self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int) -> PutOutcome:
+    def _put(
+        self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int, labels: bytes
+    ) -> PutOutcome:
         if self._writes.is_on_trial:
             self._shelf.enter()
-        room = self._shelf.begin(key, num_bytes)
+        room = self._shelf.begin(key, num_bytes, labels)
         if isinstance(room, PutOutcome):
             return room
         is_landed = False
         try:
-            stamp = self._shelf.files.write(room.path, parts, num_bytes)
+            stamp = self._shelf.files.write(room.path, parts, num_bytes, labels)
             if stamp is None:
                 return PutOutcome.FAILED
             outcome = self._shelf.land(room, stamp)
@@ -254,10 +282,20 @@ class DiskTier(Tier):
         self._writes.worked()
         return outcome
 
-    def _copy(self, key: StoredKey, num_bytes: int, labels: bytes) -> bool:
-        """Make the file anew with other labels; whether that was done. The caller reads the object."""
+    def _relabel(self, key: StoredKey, num_bytes: int, labels: bytes) -> bool:
+        """Write other labels into the file, or make it anew with them; whether that was done.
+
+        The caller reads the object.
+        """
         if self._writes.is_on_trial:
             self._shelf.enter()
+        if not self._shelf.relabel(key, num_bytes, labels):
+            return self._copy(key, num_bytes, labels)
+        self._shelf.files.settle_labels(key)
+        self._writes.worked()
+        return True
+
+    def _copy(self, key: StoredKey, num_bytes: int, labels: bytes) -> bool:
         room = self._shelf.begin_copy(key, num_bytes, labels)
         if isinstance(room, PutOutcome):
             return False
@@ -296,8 +334,7 @@ class DiskTier(Tier):
         if wanted != num_bytes:
             return Miss(MissCause.SHORT, f"{num_bytes} bytes, not {wanted}")
         try:
-            if self._shelf.files.read(key, buffers, wanted):
-                return Got(num_bytes)
+            labels = self._shelf.files.read(key, buffers, wanted)
         except FileNotFoundError:
             return Miss(MissCause.ABSENT, "its file is gone")
         except PermissionError as error:
@@ -309,7 +346,12 @@ class DiskTier(Tier):
                 with suppress(OSError):
                     self._shelf.put_aside(key)
             return Miss(MissCause.UNAVAILABLE, str(error))
-        return Miss(MissCause.CORRUPT, "its file is cut off")
+        if labels is None:
+            return Miss(MissCause.CORRUPT, "its file is not whole")
+        return Got(num_bytes, labels)
+
+    def _is_failing(self) -> bool:
+        return self._reads.is_on_trial or self._writes.is_on_trial
 
     def _failed_to_write(self, error: OSError) -> None:
         if self._is_open:

@@ -49,6 +49,16 @@ class Books:
         if num_bytes and not self.num_others:
             self.ledger.add(num_bytes)
 
+    def correct(self, key: StoredKey, num_bytes: int, labels: bytes) -> bool:
+        """Let the mirror know other labels of an object, which who reads or holds it goes on doing.
+
+        False, and no change, where it does not know one of this length, or has no room for them.
+        """
+        known = self.known_form(key)
+        if known is None or known.num_bytes != num_bytes:
+            return False
+        return known.labels == labels or self.catalog.relabel(key, labels)
+
     def note(self, key: StoredKey, form: FileForm) -> None:
         """Enter a file in the index, as used when it was written."""
         self.journal.note(Row(key, form.num_bytes, form.labels, form.stamp, form.stamp))

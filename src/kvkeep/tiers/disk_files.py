@@ -1,6 +1,7 @@
 """Files of objects: written under another name, renamed, read straight into buffers. Raises OSError."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -12,12 +13,14 @@ from time import time_ns
 from kvkeep.spec import StoredKey
 from kvkeep.tiers.disk_form import (
     FileForm,
-    encode_trailer,
     file_bytes,
+    form_of,
     key_of_name,
     name_of_key,
     read_form,
+    whole_blocks,
 )
+from kvkeep.tiers.trailer import TRAILER_BYTES, encode_tail, labels_behind
 
 __all__ = ["Detached", "FoundFile", "ObjectFiles"]
 
@@ -26,6 +29,8 @@ _FOLDER_MODE, _FILE_MODE = 0o700, 0o600
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_CLOEXEC
 _COPY_BYTES = 1 << 20
+# Of labels that come with the object in one call.
+_TAIL_BYTES = 512
 _MOST_QUARANTINED = 16
 # -1 where the system sets no limit; 16 is what every one has.
 _IOV_MAX = max(16, os.sysconf("SC_IOV_MAX"))
@@ -82,22 +87,31 @@ class ObjectFiles:
         """What the object's file says of itself, None where it is not whole."""
         return read_form(self.path(key))
 
-    def read(self, key: StoredKey, buffers: Sequence[memoryview], wanted: int) -> bool:
-        """Fill buffers of `wanted` bytes in all; False where the file ends before that."""
+    def read(self, key: StoredKey, buffers: Sequence[memoryview], wanted: int) -> bytes | None:
+        """Fill buffers of `wanted` bytes in all; the object's labels, None where the file is not whole."""
+        tail, num_read = memoryview(bytearray(_TAIL_BYTES)), 0
         fd = os.open(self.path(key), _READ)
         try:
-            if len(buffers) <= _IOV_MAX and os.preadv(fd, buffers, 0) == wanted:
-                return True
-            return _read_all(fd, buffers)
+            if len(buffers) < _IOV_MAX:
+                num_read = os.preadv(fd, [*buffers, tail], 0)
+                labels = labels_behind(tail[: max(0, num_read - wanted)], wanted)
+                if labels is not None:
+                    return labels
+            if num_read < wanted and not _read_all(fd, buffers):
+                return None
+            form = form_of(fd)
+            return None if form is None or form.num_bytes != wanted else form.labels
         finally:
             os.close(fd)
 
-    def write(self, path: str, parts: Iterable[memoryview], num_bytes: int) -> int | None:
-        """Make a file of an object without labels; its stamp, or None where parts are of another length.
+    def write(
+        self, path: str, parts: Iterable[memoryview], num_bytes: int, labels: bytes
+    ) -> int | None:
+        """Make a file of an object; its stamp, or None where parts are of another length.
 
         A file that is there is written over, which is faster than to make one and to remove another.
         """
-        trailer = memoryview(encode_trailer(num_bytes, b""))
+        trailer = memoryview(encode_tail(num_bytes, labels))
         fd = os.open(path, _WRITE, _FILE_MODE)
         try:
             if isinstance(parts, list | tuple):
@@ -115,7 +129,30 @@ class ObjectFiles:
                 if rest:
                     return None
                 _write_all(fd, [trailer])
-            return self._finish(fd, file_bytes(num_bytes, 0))
+            return self._finish(fd, file_bytes(num_bytes, len(labels)))
+        finally:
+            os.close(fd)
+
+    def relabel(self, key: StoredKey, num_bytes: int, labels: bytes) -> int | None:
+        """Write other labels into the object's file; its stamp, or None where that takes a copy.
+
+        It is one write into one block, which a kill leaves undone or done. Who reads the old labels meanwhile
+        may see half of them, and then reads again.
+        """
+        fd = os.open(self.path(key), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            # Another process may write there.
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            num_there = os.fstat(fd).st_size - num_bytes
+            tail = encode_tail(num_bytes, labels, least_bytes=num_there)
+            is_one_block = whole_blocks(num_bytes + 1) == whole_blocks(num_bytes + len(tail))
+            if num_there < TRAILER_BYTES or not is_one_block:
+                return None
+            if os.pwrite(fd, tail, num_bytes) != len(tail):
+                return None
+            return self._stamp(fd)
+        except BlockingIOError:
+            return None
         finally:
             os.close(fd)
 
@@ -130,7 +167,7 @@ class ObjectFiles:
             try:
                 if not _copy(source, fd, num_bytes):
                     return None
-                _write_all(fd, [memoryview(encode_trailer(num_bytes, labels))])
+                _write_all(fd, [memoryview(encode_tail(num_bytes, labels))])
                 return self._finish(fd, file_bytes(num_bytes, len(labels)))
             finally:
                 os.close(fd)
@@ -160,16 +197,11 @@ class ObjectFiles:
 
     def settle(self, key: StoredKey) -> None:
         """Wait until a rename survives a power cut, where that is asked for."""
-        if not self.is_durable:
-            return
-        try:
-            fd = os.open(Path(self.path(key)).parent, _READ | os.O_DIRECTORY)
-        except FileNotFoundError:
-            return  # deleted by now, and nothing else was there
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        self._settle(str(Path(self.path(key)).parent))
+
+    def settle_labels(self, key: StoredKey) -> None:
+        """Wait until labels that were written into a file survive a power cut, where that is asked for."""
+        self._settle(self.path(key))
 
     def detach(self, key: StoredKey) -> Detached | None:
         """Take an object's name away; None where there is none. The caller closes the file."""
@@ -235,11 +267,27 @@ class ObjectFiles:
         """Cut a file to its length, stamp it, and see it to the disk where that is asked for."""
         if os.fstat(fd).st_size != length:
             os.ftruncate(fd, length)
-        stamp = self._next_stamp()
-        os.utime(fd, ns=(stamp, stamp))
+        stamp = self._stamp(fd)
         if self.is_durable:
             os.fsync(fd)
         return stamp
+
+    def _stamp(self, fd: int) -> int:
+        stamp = self._next_stamp()
+        os.utime(fd, ns=(stamp, stamp))
+        return stamp
+
+    def _settle(self, path: str) -> None:
+        if not self.is_durable:
+            return
+        try:
+            fd = os.open(path, _READ)
+        except FileNotFoundError:
+            return  # deleted by now, and nothing else was there
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def _next_stamp(self) -> int:
         """The time, made later than all before it: clocks are coarse, and can be set back."""

@@ -1,40 +1,34 @@
-"""An object as a file: its bytes, its labels, and a trailer that says how long both are.
+"""An object as a file: its bytes, its labels, and a trailer that says how long both are: see `trailer`.
 
-    0               the object, from offset 0, so that its payload stays aligned
-    num_bytes       labels
-    end - 24        8 bytes  length of the object, little-endian
-    end - 16        4 bytes  length of the labels
-    end - 12        4 bytes  CRC-32 of the labels and the two lengths
-    end - 8         8 bytes  magic "KVKEEPL1"
-
-So a folder of files says all that an index of it says. The object's own bytes are checked by `stored_form`.
+So a folder of files says all that an index of it says. A file takes as many blocks of the disk as an object
+and labels of these lengths need, whatever zeros there are between them.
 """
 
 import os
-import struct
-import zlib
 from dataclasses import dataclass
+from time import sleep
 
 from kvkeep.spec import StoredKey
+from kvkeep.tiers.trailer import TRAILER_BYTES, labels_at_end, parse_trailer
 
 __all__ = [
     "FileForm",
-    "encode_trailer",
     "file_bytes",
+    "form_of",
     "is_name",
     "key_of_name",
-    "labels_crc",
     "name_of_key",
     "read_form",
     "taken_bytes",
     "whole_blocks",
 ]
 
-_TRAILER = struct.Struct("<QII8s")
-_LENGTHS = struct.Struct("<QI")
-_MAGIC = b"KVKEEPL1"
 _DISK_BLOCK_BYTES = 4096
 _MOST_NAME_CHARACTERS = 254
+# Of labels that are read together with the trailer.
+_END_BYTES = 512
+# Who reads while another writes labels into the same page sees half of them, for some microseconds.
+_NUM_TRIES, _PAUSE_S = 3, 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +62,7 @@ def key_of_name(name: str) -> StoredKey | None:
 
 def file_bytes(num_bytes: int, num_label_bytes: int) -> int:
     """The length of an object's file."""
-    return num_bytes + num_label_bytes + _TRAILER.size
+    return num_bytes + num_label_bytes + TRAILER_BYTES
 
 
 def taken_bytes(num_bytes: int, num_label_bytes: int) -> int:
@@ -81,35 +75,40 @@ def whole_blocks(length: int) -> int:
     return -(-length // _DISK_BLOCK_BYTES) * _DISK_BLOCK_BYTES
 
 
-def labels_crc(num_bytes: int, labels: bytes) -> int:
-    """What the index and the trailer guard labels with."""
-    return zlib.crc32(_LENGTHS.pack(num_bytes, len(labels)), zlib.crc32(labels))
-
-
-def encode_trailer(num_bytes: int, labels: bytes) -> bytes:
-    """What follows the object in its file, labels included."""
-    crc = labels_crc(num_bytes, labels)
-    return labels + _TRAILER.pack(num_bytes, len(labels), crc, _MAGIC)
-
-
 def read_form(path: str) -> FileForm | None:
     """What the file says of itself, None where it is not whole. Raises OSError, also where there is none."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        status = os.fstat(fd)
-        begin = status.st_size - _TRAILER.size
-        if begin < 0:
-            return None
-        end = os.pread(fd, _TRAILER.size, begin)
-        if len(end) != _TRAILER.size:
-            return None
-        num_bytes, num_label_bytes, crc, magic = _TRAILER.unpack(end)
-        # Lengths before memory is taken for them.
-        if magic != _MAGIC or num_bytes + num_label_bytes != begin:
-            return None
-        labels = os.pread(fd, num_label_bytes, num_bytes)
+        return form_of(fd)
     finally:
         os.close(fd)
-    if len(labels) != num_label_bytes or labels_crc(num_bytes, labels) != crc:
+
+
+def form_of(fd: int) -> FileForm | None:
+    """What an open file says of itself, None where it is not whole."""
+    for at in range(_NUM_TRIES):
+        if at:
+            sleep(_PAUSE_S)
+        form = _form_now(fd)
+        if form is not None:
+            return form
+    return None
+
+
+def _form_now(fd: int) -> FileForm | None:
+    status = os.fstat(fd)
+    length = status.st_size
+    end = os.pread(fd, _END_BYTES, max(0, length - _END_BYTES))
+    trailer = parse_trailer(end)
+    if trailer is None:
         return None
-    return FileForm(num_bytes, labels, status.st_mtime_ns)
+    # Lengths before memory is taken for them.
+    needed = trailer.num_bytes + trailer.tail_bytes
+    if needed > length or whole_blocks(needed) != whole_blocks(length):
+        return None
+    if trailer.tail_bytes > len(end):
+        end = os.pread(fd, trailer.tail_bytes, length - trailer.tail_bytes)
+    labels = labels_at_end(end, trailer)
+    if labels is None:
+        return None
+    return FileForm(trailer.num_bytes, labels, status.st_mtime_ns)

@@ -15,7 +15,8 @@ from time import time_ns
 from typing import Any, NamedTuple
 
 from kvkeep.spec import StoredKey
-from kvkeep.tiers.disk_form import is_name, labels_crc
+from kvkeep.tiers.disk_form import is_name
+from kvkeep.tiers.trailer import labels_crc
 
 __all__ = ["Batch", "Changes", "DiskIndex", "Row", "is_damage"]
 

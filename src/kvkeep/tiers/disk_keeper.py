@@ -32,6 +32,7 @@ class Keeper:
         self._stamps = stamps
         self._is_closing = Event()
         self._is_scanned = Event()
+        self._is_awaited = False
         self._thread = Thread(target=self._run, name=f"kvkeep-{name}", daemon=True)
         self._thread.start()
 
@@ -41,7 +42,8 @@ class Keeper:
         return self._is_scanned.is_set()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for the first scan; False if it takes longer."""
+        """Wait for the first scan, which hurries then; False if it takes longer."""
+        self._is_awaited = True
         return self._is_scanned.wait(timeout_s)
 
     def close(self) -> None:
@@ -52,7 +54,7 @@ class Keeper:
     def _run(self) -> None:
         steps: Iterator[None] | None = None
         sync_at = scan_at = sweep_at = 0.0
-        while not self._is_closing.wait(_INTERVAL_S if steps is None else _STEP_PAUSE_S):
+        while not self._is_closing.wait(self._pause_s(is_scanning=steps is not None)):
             now = monotonic()
             if steps is None and self._shelf.is_scan_due and now >= scan_at:
                 steps, scan_at = self._scan(), now + self._retry_s
@@ -64,6 +66,11 @@ class Keeper:
             if now >= sweep_at:
                 sweep_at = now + self._retry_s
                 _is_done(self._sweep)
+
+    def _pause_s(self, *, is_scanning: bool) -> float:
+        if is_scanning and self._is_awaited and not self.is_scanned:
+            return 0.0
+        return _STEP_PAUSE_S if is_scanning else _INTERVAL_S
 
     def _scan(self) -> Iterator[None]:
         self._shelf.is_scan_due = False

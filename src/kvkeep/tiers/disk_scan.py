@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from kvkeep.spec import StoredKey
 from kvkeep.tiers.base import Presence
 from kvkeep.tiers.disk_files import FoundFile
-from kvkeep.tiers.disk_form import file_bytes
+from kvkeep.tiers.disk_form import taken_bytes, whole_blocks
 from kvkeep.tiers.disk_shelf import Shelf
 
 __all__ = ["ScanReport", "scan"]
@@ -34,7 +34,7 @@ class ScanReport:
 def scan(shelf: Shelf, stamps: Mapping[StoredKey, int], report: ScanReport) -> Iterator[None]:
     """Go through all files in small steps, beside whatever else is done with them.
 
-    A file with the length and the stamp that the books have is taken for what they say; all others, so all
+    A file with the blocks and the stamp that the books have is taken for what they say; all others, so all
     files where `stamps` is empty, are asked themselves. Raises OSError.
     """
     known = {item.key for item in shelf.catalog.objects()}
@@ -83,7 +83,9 @@ def _is_as_known(
     num_bytes, labels = shelf.catalog.num_bytes(key), shelf.catalog.labels(key)
     if num_bytes is None or labels is None:
         return True  # in flight, or gone by now
-    return stamps.get(key) == file.stamp and file.num_bytes == file_bytes(num_bytes, len(labels))
+    return stamps.get(key) == file.stamp and (
+        whole_blocks(file.num_bytes) == taken_bytes(num_bytes, len(labels))
+    )
 
 
 def _recheck(shelf: Shelf, key: StoredKey, report: ScanReport) -> None:

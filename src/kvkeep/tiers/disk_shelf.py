@@ -109,14 +109,29 @@ class Shelf:
 
     # ------------------------------------------------------------------------------- writing
 
-    def begin(self, key: StoredKey, num_bytes: int) -> Room | PutOutcome:
+    def begin(self, key: StoredKey, num_bytes: int, labels: bytes) -> Room | PutOutcome:
         """Take room for a new object, removing what is evicted; or why not: PRESENT or REFUSED."""
         if key in self._undeletable:
             self.delete([key])
         if not self.ledger.was_alone and self.files.exists(key):
             # Found out later too, but then it would be written before.
             self.adopt(key)
-        return self._take_room(key, num_bytes, b"")
+        return self._take_room(key, num_bytes, labels)
+
+    def relabel(self, key: StoredKey, num_bytes: int, labels: bytes) -> bool:
+        """Write other labels into an object's file, if they fit there; False: it takes a copy, or is gone."""
+        with self._lock:
+            if self._books.known_bytes(key) != taken_bytes(num_bytes, len(labels)):
+                return False
+            try:
+                stamp = self.files.relabel(key, num_bytes, labels)
+            except FileNotFoundError:
+                return False
+            if stamp is None:
+                return False
+            self.catalog.relabel(key, labels)
+            self.journal.note(Row(key, num_bytes, labels, stamp, stamp))
+            return True
 
     def begin_copy(self, key: StoredKey, num_bytes: int, labels: bytes) -> Room | PutOutcome:
         """Take room for a copy of an object with other labels, as `begin`."""
@@ -250,18 +265,18 @@ class Shelf:
     def recheck(self, key: StoredKey) -> FileForm | None:
         """Make the books say what the file says of itself; None where it is gone, or wrong and put aside."""
         with self._removing() as removed:
-            known = self._books.known_form(key)
-            if known is None:
+            if self._books.known_form(key) is None:
                 return None
             try:
                 form = self.files.form(key)
             except FileNotFoundError:
                 return None
             if form is not None:
-                if (form.num_bytes, form.labels) == (known.num_bytes, known.labels):
+                known_bytes = self._books.known_bytes(key)
+                if self._books.correct(key, form.num_bytes, form.labels):
+                    self._books.count_if_alone(self._books.known_bytes(key) - known_bytes)
                     self._books.note(key, form)
                 else:
-                    known_bytes = self._books.known_bytes(key)
                     self.catalog.delete([key])
                     self._books.count_if_alone(-known_bytes)
                     self._enter(key, form, removed)
@@ -314,10 +329,11 @@ class Shelf:
 
     def _learn(self, row: Row) -> None:
         with self._removing() as removed:
-            labels = self.catalog.labels(row.key)
-            if labels is not None and labels != row.labels:
+            if self._books.correct(row.key, row.num_bytes, row.labels):
+                return
+            if self.catalog.find([row.key]) == [Presence.PRESENT]:
                 self.catalog.delete([row.key])
-            if labels != row.labels and row.key not in self._undeletable:
+            if row.key not in self._undeletable:
                 admission = self.catalog.restore(row.key, row.num_bytes, row.labels)
                 if admission is not None:
                     self._detach(admission.evicted, removed)

@@ -15,15 +15,17 @@ from kvkeep.spec import StoredKey
 from kvkeep.tiers.base import (
     Capabilities,
     Got,
+    Labelled,
     Miss,
     MissCause,
     Presence,
     PutOutcome,
+    Spill,
     StoredObject,
     Tier,
     TierStats,
 )
-from kvkeep.tiers.catalog import Catalog
+from kvkeep.tiers.catalog import Catalog, Evicted
 from kvkeep.tiers.host_pages import PageRuns, Run
 from kvkeep.tiers.tally import Tally
 
@@ -47,7 +49,7 @@ def map_memory(num_bytes: int) -> memoryview:
 class _Place:
     """Where an object lies: `views` are its bytes, in order; `got` is what a get of it answers.
 
-    Never changed, and not frozen, since one is made for each put.
+    Of these only `got` changes, with the labels.
     """
 
     num_bytes: int
@@ -111,9 +113,10 @@ class HostTier(Tier):
 
     `policy` is a name or a policy of its own. `allocate` gives the memory, once: page-locked memory, for
     copies to a CUDA device, comes in here. An object takes whole pages of 4096 bytes; `used_bytes` counts
-    those. `on_evict` is called with the bytes of each object that has to go, when the tier does not have it
-    any more and before its place is reused, without a lock held; it must not put into this tier. Copies of
-    500 bytes and more run beside other Python threads. Raises ConfigError for a capacity that cannot be.
+    those. `on_evict` is called with bytes and labels of each object that has to go, when the tier does not
+    have it any more and before its place is reused, without a lock held; it must not put into this tier.
+    Copies of 500 bytes and more run beside other Python threads. Raises ConfigError for a capacity that
+    cannot be.
     """
 
     capabilities = Capabilities(
@@ -142,7 +145,7 @@ class HostTier(Tier):
                 f"capacity_bytes={capacity_bytes!r} cannot be had from the system ({error}); give less"
             ) from error
         self.name = name
-        self.on_evict: Callable[[StoredKey, Sequence[memoryview]], None] | None = None
+        self.on_evict: Spill | None = None
         self._slab = _Slab(memory)
         self._catalog = Catalog(capacity, policy, on_free=self._free, taken=_taken)
         # Keys of the catalog and of `_key_to_place` change together. Taken before the catalog's own lock.
@@ -180,15 +183,17 @@ class HostTier(Tier):
                 self._catalog.release(key)
         return self._tally.miss(MissCause.SHORT, f"{place.num_bytes} bytes, not {wanted}")
 
-    def put(self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int) -> PutOutcome:
+    def put(
+        self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int, labels: bytes = b""
+    ) -> PutOutcome:
         if not self._is_open:
             return self._tally.put(PutOutcome.FAILED)
         with self._lock:
-            admission = self._catalog.begin(key, num_bytes)
+            admission = self._catalog.begin(key, num_bytes, labels)
             if admission is None:
                 is_absent = self._catalog.find([key]) == [Presence.ABSENT]
                 return self._tally.put(PutOutcome.REFUSED if is_absent else PutOutcome.PRESENT)
-            victims = [(item.key, self._key_to_place.pop(item.key)) for item in admission.evicted]
+            victims = [(item, self._key_to_place.pop(item.key)) for item in admission.evicted]
         place = None
         try:
             place = self._make_place(num_bytes, victims)
@@ -199,6 +204,8 @@ class HostTier(Tier):
         if not is_whole:
             self._abort(key, place)
             return self._tally.put(PutOutcome.FAILED)
+        if place.got.labels != labels:
+            place.got = Got(num_bytes, labels)
         with self._lock:
             self._key_to_place[key] = place
             if not self._catalog.commit(key):
@@ -224,7 +231,21 @@ class HostTier(Tier):
         return self._catalog.labels(key)
 
     def relabel(self, key: StoredKey, labels: bytes) -> bool:
-        return self._catalog.relabel(key, labels)
+        with self._lock:
+            is_done = self._catalog.relabel(key, labels)
+            if is_done:
+                place = self._key_to_place[key]
+                place.got = Got(place.num_bytes, labels)
+        return is_done
+
+    def labelled(self) -> Iterator[Labelled]:
+        return iter(self._catalog.labelled())
+
+    def hold(self, keys: Sequence[StoredKey]) -> list[bool]:
+        return self._catalog.hold(keys)
+
+    def let_go(self, keys: Sequence[StoredKey]) -> None:
+        self._catalog.let_go(keys)
 
     def close(self) -> None:
         with self._lock:
@@ -232,13 +253,14 @@ class HostTier(Tier):
             self._catalog.delete([item.key for item in self._catalog.objects()])
         self._slab.close()
 
-    def _make_place(self, num_bytes: int, victims: Sequence[tuple[StoredKey, _Place]]) -> _Place:
+    def _make_place(self, num_bytes: int, victims: Sequence[tuple[Evicted, _Place]]) -> _Place:
         """A place for a new object, once the victims for it were shown; theirs are free, whatever happens."""
         kept, shown = None, 0
         try:
-            for key, place in victims:
+            for item, place in victims:
                 if self.on_evict is not None:
-                    self.on_evict(key, [view.data.toreadonly() for view in place.views])
+                    views = [view.data.toreadonly() for view in place.views]
+                    self.on_evict(item.key, views, item.labels)
                 shown += 1
             if victims and _taken(victims[0][1].num_bytes, 0) == _taken(num_bytes, 0):
                 kept = victims[0][1]

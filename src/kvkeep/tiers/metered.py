@@ -125,10 +125,12 @@ class Metered(TierWrapper):
             self._enter(Operation.GET, start, {result.cause: 1})
         return result
 
-    def put(self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int) -> PutOutcome:
+    def put(
+        self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int, labels: bytes = b""
+    ) -> PutOutcome:
         start = self._clock()
         try:
-            outcome = self.inner.put(key, parts, num_bytes)
+            outcome = self.inner.put(key, parts, num_bytes, labels)
         except BaseException:
             self._enter(Operation.PUT, start, {"raised": 1})
             raise
@@ -148,6 +150,13 @@ class Metered(TierWrapper):
         is_done = self.inner.relabel(key, labels)
         self._enter(Operation.RELABEL, start, {"done" if is_done else "absent": 1})
         return is_done
+
+    def relabel_many(self, key_to_labels: Mapping[StoredKey, bytes]) -> list[bool]:
+        start = self._clock()
+        are_done = self.inner.relabel_many(key_to_labels)
+        outcomes = {"done": sum(are_done), "absent": len(are_done) - sum(are_done)}
+        self._enter(Operation.RELABEL, start, outcomes)
+        return are_done
 
     def quarantine(self, key: StoredKey, reason: str) -> None:
         start = self._clock()

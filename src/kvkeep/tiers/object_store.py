@@ -15,8 +15,10 @@ from kvkeep.errors import ConfigError
 from kvkeep.spec import StoredKey
 from kvkeep.tiers.base import Miss, MissCause, PutOutcome, StoredObject
 from kvkeep.tiers.deadlines import CallError, SettingError
+from kvkeep.tiers.stored_value import is_tail
 
 if TYPE_CHECKING:
+    from obstore import Bytes
     from obstore.store import S3Store
 
 __all__ = ["OBJECT_URL_OPTIONS", "Bucket", "BucketAddress", "open_bucket"]
@@ -58,13 +60,14 @@ class Bucket:
         self._store = store
         self.shown = shown
         self.max_object_bytes = max_object_bytes
+        self._has_ranges = True
 
     def check(self) -> None:
         """Raise SettingError where there is no such bucket, or the account may not list it."""
         next(self.pages(max_objects=1), None)
 
     def size_of(self, key: StoredKey) -> int | None:
-        """The length of an object, None where it is absent."""
+        """The length of what is kept of an object, None where it is absent."""
         with _translated():
             try:
                 return self._store.head(key.hex())["size"]
@@ -72,19 +75,32 @@ class Bucket:
                 return None
 
     def download(self, key: StoredKey, num_bytes: int) -> memoryview | Miss:
-        """An object of this length; of another one only the header is read."""
+        """All that is kept of an object of this length; of another one only the header is read."""
         with _translated():
             try:
                 answer = self._store.get(key.hex())
             except FileNotFoundError:
                 return Miss(MissCause.ABSENT)
             size = answer.meta["size"]
-            if size != num_bytes:
+            if not is_tail(size - num_bytes):
                 return Miss(MissCause.SHORT, f"{size} bytes there, {num_bytes} wanted")
             content = memoryview(answer.bytes())
-        if len(content) != num_bytes:
-            return Miss(MissCause.SHORT, f"{len(content)} bytes came, {num_bytes} were announced")
+        if len(content) != size:
+            return Miss(MissCause.SHORT, f"{len(content)} bytes came, {size} were announced")
         return content
+
+    def end_of(self, key: StoredKey, length: int, num_bytes: int) -> bytes | None:
+        """The last bytes of what is kept, `length` bytes, of an object; None where it is absent."""
+        if not length:
+            return b""
+        with _translated():
+            try:
+                found = self._range(key, max(0, length - num_bytes), length)
+                if found is None:
+                    found = self._store.get(key.hex()).bytes()
+            except FileNotFoundError:
+                return None
+        return bytes(memoryview(found)[-num_bytes:])
 
     def upload(self, key: StoredKey, content: bytes) -> PutOutcome:
         """Store an object unless it is there."""
@@ -101,7 +117,7 @@ class Bucket:
             self._store.delete([key.hex() for key in keys])
 
     def pages(self, *, max_objects: int = _PAGE_OBJECTS) -> Iterator[list[StoredObject]]:
-        """All objects whose names are keys, a request for each page."""
+        """All objects whose names are keys, with the lengths of what is kept; a request for each page."""
         listing = self._store.list(chunk_size=max_objects)
         while True:
             with _translated():
@@ -113,6 +129,19 @@ class Bucket:
                 for item in page
                 if (key := _key_of(item["path"])) is not None
             ]
+
+    def _range(self, key: StoredKey, start: int, end: int) -> "Bytes | None":
+        """A part of an object; None where the store sends parts in a way that obstore does not take."""
+        if not self._has_ranges:
+            return None
+        try:
+            return self._store.get_range(key.hex(), start=start, end=end)
+        except Exception as error:
+            # `rclone serve s3` sends the part, and says 200 instead of 206.
+            if "non-partial" not in str(error):
+                raise
+            self._has_ranges = False
+            return None
 
 
 def open_bucket(address: BucketAddress, timeout_s: float) -> Bucket:

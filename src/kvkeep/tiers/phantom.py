@@ -1,6 +1,6 @@
 """A tier without bytes, for replaying traces: what it would hold, in which order it would go."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from threading import Lock
 
 import numpy as np
@@ -11,10 +11,12 @@ from kvkeep.spec import StoredKey
 from kvkeep.tiers.base import (
     Capabilities,
     Got,
+    Labelled,
     Miss,
     MissCause,
     Presence,
     PutOutcome,
+    Spill,
     StoredObject,
     Tier,
     TierStats,
@@ -34,7 +36,8 @@ class PhantomTier(Tier):
     """Keys, sizes and an eviction order. `put` reads no parts, and `get` leaves the buffers as they are.
 
     `policy` is a name or a policy of its own. What is evicted is shown to `on_evict` as bytes of the right
-    length that mean nothing, before its place is reused. Raises ConfigError for a capacity below one byte.
+    length that mean nothing, with its labels, before its place is reused. Raises ConfigError for a capacity
+    below one byte.
     """
 
     capabilities = Capabilities(
@@ -53,7 +56,7 @@ class PhantomTier(Tier):
                 f"capacity_bytes={capacity_bytes!r} is not positive; give at least one block's bytes"
             )
         self.name = name
-        self.on_evict: Callable[[StoredKey, Sequence[memoryview]], None] | None = None
+        self.on_evict: Spill | None = None
         if isinstance(policy, str):
             policy = make_policy(policy, by_content=True)
         self._catalog = Catalog(capacity_bytes, policy)
@@ -95,16 +98,18 @@ class PhantomTier(Tier):
         self._catalog.release(key)
         with self._lock:
             self._got_bytes += num_bytes
-        return Got(num_bytes)
+        return Got(num_bytes, self._catalog.labels(key) or b"")
 
-    def put(self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int) -> PutOutcome:
-        admission = self._catalog.begin(key, num_bytes)
+    def put(
+        self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int, labels: bytes = b""
+    ) -> PutOutcome:
+        admission = self._catalog.begin(key, num_bytes, labels)
         if admission is None:
             is_absent = self._catalog.find([key]) == [Presence.ABSENT]
             return self._tally.put(PutOutcome.REFUSED if is_absent else PutOutcome.PRESENT)
         if self.on_evict is not None:
             for victim in admission.evicted:
-                self.on_evict(victim.key, (self._bytes(victim.num_bytes),))
+                self.on_evict(victim.key, (self._bytes(victim.num_bytes),), victim.labels)
         self._catalog.commit(key)
         with self._lock:
             self._put_bytes += num_bytes
@@ -124,6 +129,15 @@ class PhantomTier(Tier):
 
     def relabel(self, key: StoredKey, labels: bytes) -> bool:
         return self._catalog.relabel(key, labels)
+
+    def labelled(self) -> Iterator[Labelled]:
+        return iter(self._catalog.labelled())
+
+    def hold(self, keys: Sequence[StoredKey]) -> list[bool]:
+        return self._catalog.hold(keys)
+
+    def let_go(self, keys: Sequence[StoredKey]) -> None:
+        self._catalog.let_go(keys)
 
     def stats(self) -> TierStats:
         return self._tally.stats(self.name, self._catalog)

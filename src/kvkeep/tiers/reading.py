@@ -28,10 +28,11 @@ class QuarantiningTier(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """The payload is in its buffer, whole and the right one, in this layout."""
+    """The payload is in its buffer, whole and the right one, in this layout; with the object's labels."""
 
     layout: str
     num_bytes: int
+    labels: bytes = b""
 
 
 def stored_parts(
@@ -61,7 +62,7 @@ def read_block(
     if isinstance(problem, Miss):
         put_aside(tier, key, problem)
         return problem
-    return Verified(problem.layout, got.num_bytes)
+    return Verified(problem.layout, got.num_bytes, got.labels)
 
 
 def _problem(page: bytearray, wanted: StoredHeader, payload: memoryview) -> StoredHeader | Miss:

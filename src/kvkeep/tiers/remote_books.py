@@ -1,15 +1,16 @@
 """What this process knows of a store that it shares with others: its own writes, counts, and what it saw.
 
-Sizes are those of its own puts and deletes: what others write, and what the server evicts, is not in them.
+Sizes are those of its own puts and deletes, with all that is behind an object: what others write, and what
+the server evicts, is not in them.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
 from kvkeep.spec import StoredKey
-from kvkeep.tiers.base import Miss, MissCause, PutOutcome, TierStats
+from kvkeep.tiers.base import Miss, MissCause, Presence, PutOutcome, TierStats
 from kvkeep.tiers.deadlines import Deadline
 
 __all__ = ["RemoteBooks"]
@@ -50,6 +51,12 @@ class RemoteBooks:
     def is_writing(self, key: StoredKey) -> bool:
         """Whether a put of the key is under way."""
         return key in self._writing
+
+    def presence(self, key: StoredKey, *, is_there: bool) -> Presence:
+        """What is known of a key that the store has, or has not."""
+        if key in self._writing:
+            return Presence.IN_FLIGHT
+        return Presence.PRESENT if is_there else Presence.ABSENT
 
     def has_seen(self, key: StoredKey) -> bool:
         """Whether it was there when last looked at; it may be gone."""
@@ -95,17 +102,15 @@ class RemoteBooks:
                 self._seen.pop(key, None)
             return write.is_deleted
 
-    def delete_writing(self, keys: Sequence[StoredKey]) -> list[StoredKey]:
-        """Those of the keys that are being written, and go when that ends."""
-        with self._lock:
-            found = []
-            for key in keys:
-                self._seen.pop(key, None)
-                write = self._writing.get(key)
-                if write is not None and not write.is_deleted:
-                    write.is_deleted = True
-                    found.append(key)
-        return found
+    def delete(
+        self, keys: Sequence[StoredKey], forget: Callable[[Sequence[StoredKey]], int]
+    ) -> int:
+        """Delete objects by `forget`, which says how many the store had, and those that are being written."""
+        writing = set(self._delete_writing(keys))
+        if writing:
+            # They count once, whether the store has one of before or not.
+            forget(sorted(writing))
+        return len(writing) + forget([key for key in keys if key not in writing])
 
     def count_deleted(self, num_objects: int, num_bytes: int) -> None:
         """Count objects as gone, which others may have put."""
@@ -128,6 +133,18 @@ class RemoteBooks:
                 misses={str(cause): count for cause, count in self._misses.items()},
                 puts={str(outcome): count for outcome, count in self._puts.items()},
             )
+
+    def _delete_writing(self, keys: Sequence[StoredKey]) -> list[StoredKey]:
+        """Those of the keys that are being written, and go when that ends."""
+        with self._lock:
+            found = []
+            for key in keys:
+                self._seen.pop(key, None)
+                write = self._writing.get(key)
+                if write is not None and not write.is_deleted:
+                    write.is_deleted = True
+                    found.append(key)
+        return found
 
     def _writing_bytes(self) -> int:
         return sum(write.num_bytes for write in list(self._writing.values()))

@@ -2,18 +2,20 @@
 
 One key for each object: a prefix and the StoredKey in hexadecimal digits. Digits, since a prefix then says to
 access rules (`~kvkeep:*`), to SCAN and to people what the keys are, and no byte of a digest can mean a
-pattern or a cluster's hash tag; they cost 33 bytes beside a block of many thousand.
+pattern or a cluster's hash tag; they cost 33 bytes beside a block of many thousand. Its value is the object
+with its labels behind it, see `stored_value`: a server that evicts takes both.
 """
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kvkeep.errors import ConfigError
 from kvkeep.spec import StoredKey
 from kvkeep.tiers.base import (
     Capabilities,
     Got,
+    Labelled,
     Miss,
     MissCause,
     Presence,
@@ -28,8 +30,18 @@ from kvkeep.tiers.remote_books import RemoteBooks
 from kvkeep.tiers.remote_checks import check_count, check_seconds
 from kvkeep.tiers.resp_glide import open_glide
 from kvkeep.tiers.resp_sockets import open_sockets
-from kvkeep.tiers.resp_transport import RespTransport, SetRequest
+from kvkeep.tiers.resp_transport import Patch, RespTransport, SetRequest
 from kvkeep.tiers.resp_url import RespUrl, parse_resp_url
+from kvkeep.tiers.stored_value import (
+    MAX_LABEL_BYTES,
+    ROOM_BYTES,
+    End,
+    Listed,
+    labelled_values,
+    read_labels,
+    roomy_tail,
+)
+from kvkeep.tiers.trailer import TRAILER_BYTES
 from kvkeep.tiers.views import byte_views
 
 __all__ = ["MAX_VALUE_BYTES", "RespTier"]
@@ -37,6 +49,8 @@ __all__ = ["MAX_VALUE_BYTES", "RespTier"]
 _LOGGER = logging.getLogger(__name__)
 # What servers take at most, unless they are set up otherwise.
 MAX_VALUE_BYTES = 512 << 20
+# Labels that are replaced under one deadline; and how often, when others do so too.
+_MAX_RELABELLED, _MAX_TRIES = 1000, 3
 
 
 class RespTier(Tier):
@@ -46,6 +60,9 @@ class RespTier(Tier):
     server bounds and evicts. A call takes at most `timeout_s`, waiting for one of `num_connections` to a
     server included. Servers that fail are left alone for a while: then all is absent that they have.
 
+    A user of the server needs the commands get, set, strlen, getrange, unlink, exists, touch, pexpire, scan,
+    ping and hello, and for labels to be replaced eval and setrange.
+
     A put whose answer is late has FAILED and may still arrive: the content is the same. What a server that
     does not answer should delete, it keeps, which is logged.
 
@@ -54,7 +71,7 @@ class RespTier(Tier):
     """
 
     capabilities = Capabilities(
-        is_local=False, is_persistent=True, is_shared=True, keeps_labels=False
+        is_local=False, is_persistent=True, is_shared=True, keeps_labels=True
     )
 
     def __init__(
@@ -112,7 +129,10 @@ class RespTier(Tier):
             [self._name_of(key) for key in keys], Deadline(self._timeout_s)
         )
         self._books.see(key for key, is_there in zip(keys, there, strict=True) if is_there)
-        return [self._presence(key, is_there) for key, is_there in zip(keys, there, strict=True)]
+        return [
+            self._books.presence(key, is_there=is_there)
+            for key, is_there in zip(keys, there, strict=True)
+        ]
 
     def get(self, key: StoredKey, buffers: Sequence[memoryview]) -> Got | Miss:
         views = byte_views(buffers)
@@ -120,32 +140,38 @@ class RespTier(Tier):
         if not self._is_open:
             return self._books.miss(key, Miss(MissCause.UNAVAILABLE, "closed"))
         deadline = Deadline(self._timeout_s)
-        self._books.deadline_to_reading[deadline] = num_bytes
+        self._books.deadline_to_reading[deadline] = num_bytes + ROOM_BYTES
         try:
             found = self._transport.get_into(self._name_of(key), views, num_bytes, deadline)
         finally:
             del self._books.deadline_to_reading[deadline]
         return self._books.miss(key, found) if isinstance(found, Miss) else found
 
-    def put(self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int) -> PutOutcome:
-        if num_bytes > self.max_object_bytes:
+    def put(
+        self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int, labels: bytes = b""
+    ) -> PutOutcome:
+        if num_bytes > self.max_object_bytes or len(labels) > MAX_LABEL_BYTES:
+            return self._books.count_put(PutOutcome.REFUSED)
+        if num_bytes + len(labels) + ROOM_BYTES > MAX_VALUE_BYTES:
             return self._books.count_put(PutOutcome.REFUSED)
         if not self._is_open:
             return self._books.count_put(PutOutcome.FAILED)
         # What was there lately is sent again only if it is gone.
         if self._books.has_seen(key) and self.find([key])[0] is not Presence.ABSENT:
             return self._books.count_put(PutOutcome.PRESENT)
-        if not self._books.begin_write(key, num_bytes):
+        tail = roomy_tail(num_bytes, labels)
+        value_bytes = num_bytes + len(tail)
+        if not self._books.begin_write(key, value_bytes):
             return self._books.count_put(PutOutcome.PRESENT)
         outcome = PutOutcome.FAILED
         try:
-            request = SetRequest(self._name_of(key), parts, num_bytes, self._ttl_ms)
+            request = SetRequest(self._name_of(key), parts, num_bytes, self._ttl_ms, tail)
             result = self._transport.set(request, Deadline(self._timeout_s))
             outcome = result.outcome
             if result.reason:
-                self._complain(result.reason)
+                self._complain(result.reason, "objects")
         finally:
-            was_deleted = self._books.end_write(key, num_bytes, outcome)
+            was_deleted = self._books.end_write(key, value_bytes, outcome)
         if was_deleted:
             self._delete([key])
         return outcome
@@ -153,25 +179,12 @@ class RespTier(Tier):
     def delete(self, keys: Sequence[StoredKey]) -> int:
         if not keys or not self._is_open:
             return 0
-        writing = set(self._books.delete_writing(keys))
-        if writing:
-            # They count once, whether the server has one of before or not.
-            self._delete(sorted(writing))
-        return len(writing) + self._delete([key for key in keys if key not in writing])
+        return self._books.delete(keys, self._delete)
 
     def objects(self) -> Iterator[StoredObject]:
         """All that the servers have under our prefix; those that do not answer are left out."""
-        if not self._is_open:
-            return
-        seen: set[StoredKey] = set()
-        try:
-            for item in self._transport.scan(self._prefix, self._timeout_s):
-                key = self._key_of(item.name)
-                if key is not None and key not in seen and not self._books.is_writing(key):
-                    seen.add(key)
-                    yield StoredObject(key, item.num_bytes)
-        except CallError as error:
-            _LOGGER.warning("%s: not all objects could be listed: %s", self.name, error)
+        for listed in self._listed(TRAILER_BYTES):
+            yield StoredObject(listed.key, listed.form.num_bytes)
 
     def stats(self) -> TierStats:
         """Sizes are what this process has put and deleted; the rest is for the server to tell."""
@@ -182,6 +195,32 @@ class RespTier(Tier):
             self._transport.touch_many(
                 [self._name_of(key) for key in keys], self._ttl_ms, Deadline(self._timeout_s)
             )
+
+    def labels(self, key: StoredKey) -> bytes | None:
+        def read(num_bytes: int) -> End | None:
+            name, deadline = self._name_of(key), Deadline(self._timeout_s)
+            (end,) = self._transport.ends([name], num_bytes, deadline)
+            return end if end is not None and end.length else None
+
+        return read_labels(read) if self._is_open else None
+
+    def relabel(self, key: StoredKey, labels: bytes) -> bool:
+        return self.relabel_many({key: labels})[0]
+
+    def relabel_many(self, key_to_labels: Mapping[StoredKey, bytes]) -> list[bool]:
+        """Labels of one object that two machines replace at once are those of one of them."""
+        if not self._is_open:
+            return [False] * len(key_to_labels)
+        done: set[StoredKey] = set()
+        keys = [key for key, labels in key_to_labels.items() if len(labels) <= MAX_LABEL_BYTES]
+        for first in range(0, len(keys), _MAX_RELABELLED):
+            left, deadline = keys[first : first + _MAX_RELABELLED], Deadline(self._timeout_s)
+            for _ in range(_MAX_TRIES):
+                left = self._relabel(left, key_to_labels, done, deadline) if left else []
+        return [key in done for key in key_to_labels]
+
+    def labelled(self) -> Iterator[Labelled]:
+        return labelled_values(self._listed(ROOM_BYTES), self.labels)
 
     def close(self) -> None:
         self._is_open = False
@@ -197,10 +236,46 @@ class RespTier(Tier):
             # Its breaker has said so; the tier is used once the server answers.
             pass
 
-    def _presence(self, key: StoredKey, is_there: bool) -> Presence:  # noqa: FBT001 (a pair of a zip)
-        if self._books.is_writing(key):
-            return Presence.IN_FLIGHT
-        return Presence.PRESENT if is_there else Presence.ABSENT
+    def _listed(self, end_bytes: int) -> Iterator[Listed]:
+        """All values of ours, of whose ends so many bytes are read."""
+        if not self._is_open:
+            return
+        seen: set[StoredKey] = set()
+        try:
+            for item in self._transport.scan(self._prefix, self._timeout_s, end_bytes=end_bytes):
+                key = self._key_of(item.name)
+                if key is not None and key not in seen and not self._books.is_writing(key):
+                    seen.add(key)
+                    yield Listed(key, item.end.form())
+        except CallError as error:
+            _LOGGER.warning("%s: not all objects could be listed: %s", self.name, error)
+
+    def _relabel(
+        self,
+        keys: Sequence[StoredKey],
+        key_to_labels: Mapping[StoredKey, bytes],
+        done: set[StoredKey],
+        deadline: Deadline,
+    ) -> list[StoredKey]:
+        """Try once; adds what was done, and returns what has changed meanwhile, to be tried again."""
+        names = [self._name_of(key) for key in keys]
+        patched: list[StoredKey] = []
+        patches: list[Patch] = []
+        ends = self._transport.ends(names, TRAILER_BYTES, deadline)
+        for key, name, end in zip(keys, names, ends, strict=True):
+            if end is not None and end.length:
+                num_bytes = end.form().num_bytes
+                room_bytes = end.length - num_bytes
+                tail = roomy_tail(num_bytes, key_to_labels[key], least_bytes=room_bytes)
+                patched.append(key)
+                patches.append(Patch(name, end.length, num_bytes, tail))
+        results = self._transport.patch_many(patches, deadline) if patches else []
+        for result in results:
+            if result.outcome is PutOutcome.FAILED:
+                self._complain(result.reason, "labels")
+        outcomes = dict(zip(patched, results, strict=True))
+        done.update(key for key, one in outcomes.items() if one.outcome is PutOutcome.STORED)
+        return [key for key, one in outcomes.items() if one.outcome is PutOutcome.REFUSED]
 
     def _delete(self, keys: Sequence[StoredKey]) -> int:
         if not keys:
@@ -228,13 +303,13 @@ class RespTier(Tier):
             return None
         return key if self._name_of(key) == name else None
 
-    def _complain(self, reason: str) -> None:
+    def _complain(self, reason: str, what: str) -> None:
         """Say once why a server that answers takes nothing; those that do not are their breaker's."""
         kind = reason.partition(" ")[0]
         # Errors of servers begin with such a word.
-        if kind.isupper() and kind not in self._complaints:
-            self._complaints.add(kind)
-            _LOGGER.warning("%s (%s) takes no objects: %s", self.name, self.url, reason)
+        if kind.isupper() and f"{kind} {what}" not in self._complaints:
+            self._complaints.add(f"{kind} {what}")
+            _LOGGER.warning("%s (%s) takes no %s: %s", self.name, self.url, what, reason)
 
 
 def _open_transport(

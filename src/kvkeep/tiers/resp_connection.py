@@ -21,6 +21,7 @@ from kvkeep.tiers.resp_protocol import (
 from kvkeep.tiers.resp_stream import Address, Stream, connect
 from kvkeep.tiers.resp_transport import SetRequest
 from kvkeep.tiers.resp_url import RespUrl, TlsFiles
+from kvkeep.tiers.stored_value import judge
 from kvkeep.tiers.views import byte_views
 
 __all__ = [
@@ -139,25 +140,26 @@ class RespConnection:
     def get_into(
         self, key: bytes, views: Sequence[memoryview], num_bytes: int, deadline: Deadline
     ) -> Got | Miss | ServerError:
-        """GET into byte views that are `num_bytes` long together, if the value is."""
+        """GET into byte views that are `num_bytes` long together, if the object is."""
         self._stream.send_bytes(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key), deadline)
-        length = self._reader.value_into(views, num_bytes, deadline)
-        if length == num_bytes:
-            return Got(num_bytes)
-        if length is None:
+        value = self._reader.value_into(views, num_bytes, deadline)
+        if value is None:
             return Miss(MissCause.ABSENT)
-        if isinstance(length, ServerError):
-            return length
-        if length <= MAX_SKIP_BYTES:
-            self._reader.skip_bulk(length, deadline)
+        if isinstance(value, ServerError):
+            return value
+        if value.tail is not None:
+            return judge(views, value.tail, num_bytes)
+        if value.length <= MAX_SKIP_BYTES:
+            self._reader.skip_bulk(value.length, deadline)
         else:
             self.is_usable = False
-        return Miss(MissCause.SHORT, f"{length} bytes there, {num_bytes} wanted")
+        return Miss(MissCause.SHORT, f"{value.length} bytes there, {num_bytes} wanted")
 
     def set(self, request: SetRequest, deadline: Deadline) -> PutOutcome | ServerError:
         """SET unless the key is there. Raises WrongPartsError, and what going through the parts raises."""
-        head = encode_set_head(request.key, request.num_bytes, request.ttl_ms)
-        tail = encode_set_tail(request.ttl_ms)
+        num_bytes = request.num_bytes + len(request.tail)
+        head = encode_set_head(request.key, num_bytes, request.ttl_ms)
+        tail = request.tail + encode_set_tail(request.ttl_ms)
         if request.is_repeatable:
             views = byte_views(request.parts)
             _check_length(sum(map(len, views)), request.num_bytes)

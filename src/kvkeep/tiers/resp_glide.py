@@ -1,13 +1,12 @@
 """The same over Valkey's own client, GLIDE, for who prefers that: `redis://host?client=glide`.
 
-It needs the package valkey-glide-sync. A value of several parts, or for several buffers, is copied once more;
-everything about connections, their number too, is GLIDE's business.
+It needs the package valkey-glide-sync. A value, in one piece for GLIDE, is copied once more; everything about
+connections, their number too, is GLIDE's business.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from threading import Lock
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
@@ -17,11 +16,21 @@ from kvkeep.tiers.base import Got, Miss, MissCause, PutOutcome
 from kvkeep.tiers.breaker import Breaker
 from kvkeep.tiers.deadlines import BoundedCalls, CallError, Deadline, SettingError, Turns
 from kvkeep.tiers.resp_connection import unavailable
+from kvkeep.tiers.resp_glide_config import glide_config
 from kvkeep.tiers.resp_protocol import ServerError
-from kvkeep.tiers.resp_stream import Address, UnixAddress
-from kvkeep.tiers.resp_transport import Deleted, Named, SetRequest, SetResult
-from kvkeep.tiers.resp_url import RespUrl, TlsFiles
-from kvkeep.tiers.views import byte_views, scatter
+from kvkeep.tiers.resp_transport import (
+    Deleted,
+    Named,
+    Patch,
+    SetRequest,
+    SetResult,
+    end_of,
+    patch_result,
+    patch_words,
+)
+from kvkeep.tiers.resp_url import RespUrl
+from kvkeep.tiers.stored_value import ROOM_BYTES, End, is_tail, judge
+from kvkeep.tiers.views import scatter
 
 __all__ = ["GlideTransport", "open_glide"]
 
@@ -72,7 +81,7 @@ class GlideTransport:
     ) -> None:
         self._glide = glide
         self._is_cluster = url.is_cluster
-        self._config = _config(glide, url, timeout_s)
+        self._config = glide_config(glide, url, timeout_s)
         self._breaker = Breaker(f"{name} ({url.addresses[0]})")
         self._turns = Turns(num_connections)
         self._opening = BoundedCalls(1, name="glide")
@@ -98,37 +107,37 @@ class GlideTransport:
     def get_into(
         self, key: bytes, views: Sequence[memoryview], num_bytes: int, deadline: Deadline
     ) -> Got | Miss:
-        """GET into the one buffer, or into memory of its own and from there into several."""
-        target = views[0] if len(views) == 1 else memoryview(bytearray(num_bytes))
+        """GET into memory of its own, with room for the usual labels, and from there into the views."""
 
-        def get(client: _Client) -> Got | Miss:
-            length = client.strlen(key) if not num_bytes else None
-            found = client.get(key, buffer=target if num_bytes else None)
-            if found is None:
-                return Miss(MissCause.ABSENT)
-            length = int(found) if length is None else length
-            if length != num_bytes:
-                return Miss(MissCause.SHORT, f"{length} bytes there, {num_bytes} wanted")
-            return Got(num_bytes)
+        def get(target: memoryview, client: _Client) -> int | None:
+            found = client.get(key, buffer=target)
+            return None if found is None else int(found)
 
         try:
-            found = self._call(get, deadline)
+            memory = memoryview(bytearray(num_bytes + ROOM_BYTES))
+            length = self._call(partial(get, memory), deadline)
+            if isinstance(length, ServerError) and "buffer" in length.text.lower():
+                there = self._call(lambda client: client.strlen(key), deadline)
+                if isinstance(there, int) and is_tail(there - num_bytes):
+                    memory = memoryview(bytearray(there))
+                    length = self._call(partial(get, memory), deadline)
         except CallError as error:
             return Miss(error.cause, str(error))
-        if isinstance(found, ServerError):
-            return _miss(found)
-        if isinstance(found, Got) and len(views) > 1:
-            scatter(target, views)
-        return found
+        if isinstance(length, ServerError):
+            return _miss(length)
+        if length is None:
+            return Miss(MissCause.ABSENT)
+        if not is_tail(length - num_bytes):
+            return Miss(MissCause.SHORT, f"{length} bytes there, {num_bytes} wanted")
+        scatter(memory[:num_bytes], views)
+        return judge(views, memory[num_bytes:length], num_bytes)
 
     def set(self, request: SetRequest, deadline: Deadline) -> SetResult:
         """SET NX; parts are joined, since GLIDE takes one value."""
-        views = byte_views(request.parts) if request.is_repeatable else []
-        value = views[0] if len(views) == 1 else b"".join(views or request.parts)
-        if len(value) != request.num_bytes:
-            return SetResult(
-                PutOutcome.FAILED, f"{len(value)} bytes, {request.num_bytes} announced"
-            )
+        value = b"".join([*request.parts, request.tail])
+        num_bytes = len(value) - len(request.tail)
+        if num_bytes != request.num_bytes:
+            return SetResult(PutOutcome.FAILED, f"{num_bytes} bytes, {request.num_bytes} announced")
         glide = self._glide
         expiry = None
         if request.ttl_ms is not None:
@@ -151,6 +160,27 @@ class GlideTransport:
             is_full = "OOM" in found.text
             return SetResult(PutOutcome.REFUSED if is_full else PutOutcome.FAILED, found.text)
         return SetResult(found)
+
+    def ends(self, keys: Sequence[bytes], num_bytes: int, deadline: Deadline) -> list[End | None]:
+        """A batch of STRLEN and GETRANGE."""
+        calls: list[tuple[Any, ...]] = []
+        for key in keys:
+            calls += [("strlen", key), ("getrange", key, -num_bytes, -1)]
+        try:
+            answers = self._batched(calls, deadline)
+        except CallError:
+            return [None] * len(keys)
+        return [
+            end_of(length, end) for length, end in zip(answers[::2], answers[1::2], strict=True)
+        ]
+
+    def patch_many(self, patches: Sequence[Patch], deadline: Deadline) -> list[SetResult]:
+        """A batch of EVAL, which GLIDE has no method for."""
+        calls = [("custom_command", patch_words(patch)) for patch in patches]
+        try:
+            return [patch_result(answer) for answer in self._batched(calls, deadline)]
+        except CallError as error:
+            return [SetResult(PutOutcome.FAILED, str(error))] * len(patches)
 
     def delete_many(self, keys: Sequence[bytes], deadline: Deadline) -> Deleted:
         """A batch of STRLEN and UNLINK."""
@@ -180,8 +210,8 @@ class GlideTransport:
             # Who is not touched goes a little sooner.
             return
 
-    def scan(self, prefix: bytes, timeout_s: float) -> Iterator[Named]:
-        """SCAN through GLIDE's own cursors, and a batch for the lengths of each page."""
+    def scan(self, prefix: bytes, timeout_s: float, *, end_bytes: int) -> Iterator[Named]:
+        """SCAN through GLIDE's own cursors, and a batch for the ends of each page."""
         cursor: Any = self._glide.ClusterScanCursor() if self._is_cluster else b"0"
         pattern = prefix + b"*"
         while True:
@@ -189,7 +219,7 @@ class GlideTransport:
             if isinstance(page, ServerError):
                 raise CallError(MissCause.UNAVAILABLE, page.text)
             cursor, keys = page
-            yield from self._named(keys, Deadline(timeout_s))
+            yield from self._named(keys, end_bytes, Deadline(timeout_s))
             if cursor.is_finished() if self._is_cluster else cursor == b"0":
                 return
 
@@ -214,13 +244,17 @@ class GlideTransport:
         if client is not None:
             client.close()
 
-    def _named(self, keys: Sequence[bytes], deadline: Deadline) -> list[Named]:
-        calls: list[tuple[str, Any]] = []
+    def _named(self, keys: Sequence[bytes], end_bytes: int, deadline: Deadline) -> list[Named]:
+        calls: list[tuple[Any, ...]] = []
         for key in keys:
-            calls += [("strlen", key), ("exists", [key])]
+            calls += [("strlen", key), ("getrange", key, -end_bytes, -1), ("exists", [key])]
         answers = self._batched(calls, deadline)
-        lengths = zip(keys, answers[::2], answers[1::2], strict=True)
-        return [Named(key, size) for key, size, there in lengths if there == 1]
+        ends = [end_of(size, end) for size, end in zip(answers[::3], answers[1::3], strict=True)]
+        return [
+            Named(key, end)
+            for key, end, there in zip(keys, ends, answers[2::3], strict=True)
+            if end is not None and there == 1
+        ]
 
     def _batched(self, calls: Sequence[tuple[Any, ...]], deadline: Deadline) -> list[Any]:
         """The answers to commands, each a method of a batch and its arguments."""
@@ -292,52 +326,6 @@ class GlideTransport:
         make = self._glide.GlideClusterClient if self._is_cluster else self._glide.GlideClient
         client: _Client = make.create(self._config)
         return client
-
-
-def _config(glide: ModuleType, url: RespUrl, timeout_s: float) -> object:
-    credentials = None
-    if url.password is not None:
-        credentials = glide.ServerCredentials(password=url.password, username=url.user)
-    timeout_ms = max(1, round(timeout_s * 1000))
-    options: dict[str, Any] = {
-        "addresses": [_node_address(glide, address) for address in url.addresses],
-        "use_tls": url.tls is not None,
-        "credentials": credentials,
-        "request_timeout": timeout_ms,
-        "client_name": url.client_name,
-        "protocol": getattr(glide.ProtocolVersion, f"RESP{url.protocol}"),
-    }
-    advanced = {"connection_timeout": timeout_ms, "tls_config": _tls_config(glide, url.tls)}
-    if url.is_cluster:
-        return glide.GlideClusterClientConfiguration(
-            **options, advanced_config=glide.AdvancedGlideClusterClientConfiguration(**advanced)
-        )
-    return glide.GlideClientConfiguration(
-        **options,
-        database_id=url.database,
-        advanced_config=glide.AdvancedGlideClientConfiguration(**advanced),
-    )
-
-
-def _node_address(glide: ModuleType, address: Address) -> object:
-    if isinstance(address, UnixAddress):
-        return glide.NodeAddress(unix_socket_path=address.path)
-    return glide.NodeAddress(address.host, address.port)
-
-
-def _tls_config(glide: ModuleType, files: TlsFiles | None) -> object:
-    if files is None:
-        return None
-    try:
-        authorities = None if files.ca_file is None else Path(files.ca_file).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"ca_file={files.ca_file!r}: {error}; give a file in PEM form") from error
-    return glide.TlsAdvancedConfiguration(
-        use_insecure_tls=None if files.verifies else True,
-        root_pem_cacerts=authorities,
-        client_cert_path=files.cert_file,
-        client_key_path=files.key_file or files.cert_file,
-    )
 
 
 def _scan(cursor: object, pattern: bytes, client: _Client) -> list[Any]:

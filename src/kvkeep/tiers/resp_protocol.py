@@ -10,6 +10,7 @@ from typing import Protocol, TypeAlias
 
 from kvkeep.tiers.base import MissCause
 from kvkeep.tiers.deadlines import CallError, Deadline
+from kvkeep.tiers.stored_value import ROOM_BYTES, is_tail
 from kvkeep.tiers.views import rest_of
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Reply",
     "ReplyReader",
     "ServerError",
+    "Value",
     "encode",
     "encode_set_head",
     "encode_set_tail",
@@ -47,6 +49,27 @@ class ServerError:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(slots=True)
+class _Read:
+    """So many bytes that were read into these places, in order."""
+
+    received: int
+    head: bytearray
+    views: Sequence[memoryview]
+    rest: bytearray
+
+
+@dataclass(slots=True)
+class Value:
+    """A value that was read, `tail` being what is behind the object; None where nothing was read of it.
+
+    Not frozen, since one is made for each get.
+    """
+
+    length: int
+    tail: bytes | bytearray | memoryview | None
 
 
 # A map reads as the list of its keys and values in turn, which is how version 2 sends it.
@@ -125,30 +148,35 @@ class ReplyReader:
 
     def value_into(
         self, views: Sequence[memoryview], num_bytes: int, deadline: Deadline
-    ) -> int | ServerError | None:
-        """Read a value into byte views that are `num_bytes` long together: its length, or why there is none.
+    ) -> Value | ServerError | None:
+        """Read a value whose object fills byte views, `num_bytes` together; None is an absent key.
 
-        None is an absent key. Of a value of another length than `num_bytes` the caller takes all its bytes by
-        `skip_bulk`, up to MAX_SKIP_BYTES, or drops the connection; the views may hold anything then.
+        Of a value of a length that does not fit, the caller takes all bytes by `skip_bulk`, up to
+        MAX_SKIP_BYTES, or drops the connection; the views may hold anything then.
         """
         if self._start == self._end:
-            # The answer that is hoped for begins with bytes that are known, so all of it can be read to where
-            # it belongs at once; whatever else comes is put back and read again.
-            expected = b"$%d\r\n" % num_bytes
-            head, end = bytearray(len(expected)), bytearray(2)
-            received = self._source.scatter_some([head, *views, end], deadline)
-            places = [memoryview(head), *views, memoryview(end)]
-            if received >= len(head) and head == expected:
-                if received < len(head) + num_bytes + len(end):
-                    self._source.fill(rest_of(places, received), deadline)
-                if end != _CRLF:
-                    raise _broken("a value is longer than it says")
-                return num_bytes
-            self._put_back(places, received)
+            # The answer that is hoped for begins with bytes that are as many, so all of it can be read to
+            # where it belongs at once; whatever else comes is put back and read again.
+            usual_bytes = num_bytes + ROOM_BYTES
+            usual_head = b"$%d\r\n" % usual_bytes
+            head, rest = bytearray(len(usual_head)), bytearray(ROOM_BYTES + 2)
+            received = self._source.scatter_some([head, *views, rest], deadline)
+            is_all = received == len(head) + usual_bytes + 2
+            if is_all and head == usual_head and rest.endswith(_CRLF):
+                return Value(usual_bytes, memoryview(rest)[:-2])
+            expected = _length_in(head) if received >= len(head) else None
+            if expected is not None and is_tail(expected - num_bytes):
+                read = _Read(received, head, views, rest)
+                return self._rest_of_value(read, expected, expected - num_bytes, deadline)
+            self._put_back([memoryview(head), *views, memoryview(rest)], received)
         length = self.bulk_length(deadline)
-        if length == num_bytes:
-            self.bulk_into(views, deadline)
-        return length
+        if not isinstance(length, int):
+            return length
+        if not is_tail(length - num_bytes):
+            return Value(length, None)
+        tail = bytearray(length - num_bytes)
+        self.bulk_into([*views, memoryview(tail)] if tail else views, deadline)
+        return Value(length, tail)
 
     def bulk_length(self, deadline: Deadline) -> int | ServerError | None:
         """Begin to read a value: its length, None where there is no such key, or the server's error.
@@ -190,9 +218,32 @@ class ReplyReader:
             left -= len(piece)
         self._expect_end(deadline)
 
+    def _rest_of_value(
+        self, read: "_Read", length: int, tail_bytes: int, deadline: Deadline
+    ) -> Value:
+        """End a value whose beginning was read to where it belongs."""
+        rest = read.rest
+        if tail_bytes + 2 > len(rest):
+            rest = bytearray(tail_bytes + 2)
+            rest[: len(read.rest)] = read.rest
+        end = memoryview(rest)[: tail_bytes + 2]
+        missing = len(read.head) + length + 2 - read.received
+        if missing > 0:
+            places = [memoryview(read.head), *read.views, end]
+            self._source.fill(rest_of(places, read.received), deadline)
+        if end[-2:] != _CRLF:
+            raise _broken("a value is longer than it says")
+        if missing < 0:
+            # The beginning of another reply.
+            self._put_back([memoryview(rest)[tail_bytes + 2 :]], -missing)
+        return Value(length, end[:-2])
+
     def _put_back(self, views: Sequence[memoryview], num_bytes: int) -> None:
-        """Buffer what was read into views: all of it, or of a long value the beginning, for its length."""
-        left = num_bytes if num_bytes <= _BUFFER_BYTES else _PEEK_BYTES
+        """Buffer what was read into views, in more memory than usual if need be."""
+        left = num_bytes
+        if left > len(self._buffer):
+            self._buffer = bytearray(left)
+            self._view = memoryview(self._buffer)
         self._start = self._end = 0
         for view in views:
             size = min(left, len(view))
@@ -226,10 +277,10 @@ class ReplyReader:
                 return line
             if self._start == self._end:
                 self._start = self._end = 0
-            elif self._end == _BUFFER_BYTES:
-                if not self._start:
-                    raise _broken(f"a line of more than {_BUFFER_BYTES} bytes")
+            elif self._end >= _BUFFER_BYTES:
                 rest = bytes(self._view[self._start : self._end])
+                if len(rest) >= _BUFFER_BYTES:
+                    raise _broken(f"a line of more than {_BUFFER_BYTES} bytes")
                 self._view[: len(rest)] = rest
                 self._start, self._end = 0, len(rest)
             room = self._view[self._end : min(self._end + at_once, _BUFFER_BYTES)]
@@ -293,6 +344,14 @@ def _spend(budget: list[int], num_bytes: int) -> None:
     budget[0] -= num_bytes
     if budget[0] < 0:
         raise _broken(f"a reply of more than {_MAX_REPLY_BYTES} bytes")
+
+
+def _length_in(head: bytearray) -> int | None:
+    """The length that the head of a value says, if that is what it is."""
+    digits = head[1:-2]
+    if head[:1] != b"$" or head[-2:] != _CRLF or not digits.isdigit():
+        return None
+    return int(digits)
 
 
 def _number(line: bytes) -> int:

@@ -20,8 +20,18 @@ from kvkeep.tiers.resp_pipeline import KeyCommand, Pipeline
 from kvkeep.tiers.resp_protocol import ServerError, encode
 from kvkeep.tiers.resp_router import Router, SingleRouter
 from kvkeep.tiers.resp_stream import Address
-from kvkeep.tiers.resp_transport import Deleted, Named, SetRequest, SetResult
+from kvkeep.tiers.resp_transport import (
+    Deleted,
+    Named,
+    Patch,
+    SetRequest,
+    SetResult,
+    end_of,
+    patch_result,
+    patch_words,
+)
 from kvkeep.tiers.resp_url import RespUrl
+from kvkeep.tiers.stored_value import End
 
 __all__ = ["SocketTransport", "open_sockets"]
 
@@ -106,6 +116,21 @@ class SocketTransport:
             return SetResult(PutOutcome.REFUSED if is_full else PutOutcome.FAILED, found.text)
         return _STORED if found is PutOutcome.STORED else SetResult(found)
 
+    def ends(self, keys: Sequence[bytes], num_bytes: int, deadline: Deadline) -> list[End | None]:
+        """STRLEN and GETRANGE for each key."""
+        commands = [
+            KeyCommand(key, word) for key in keys for word in (_strlen(key), _end(key, num_bytes))
+        ]
+        answers = self._pipeline.run(commands, deadline)
+        return [
+            end_of(length, end) for length, end in zip(answers[::2], answers[1::2], strict=True)
+        ]
+
+    def patch_many(self, patches: Sequence[Patch], deadline: Deadline) -> list[SetResult]:
+        """EVAL, since between two commands a value could go, or change its length."""
+        commands = [KeyCommand(patch.key, encode(*patch_words(patch))) for patch in patches]
+        return [patch_result(answer) for answer in self._pipeline.run(commands, deadline)]
+
     def delete_many(self, keys: Sequence[bytes], deadline: Deadline) -> Deleted:
         """UNLINK, which leaves the work of freeing memory to another thread of the server."""
         commands = [
@@ -129,12 +154,12 @@ class SocketTransport:
             commands = [KeyCommand(key, encode(b"PEXPIRE", key, digits)) for key in keys]
         self._pipeline.run(commands, deadline)
 
-    def scan(self, prefix: bytes, timeout_s: float) -> Iterator[Named]:
-        """SCAN with MATCH on every server, and the lengths of what a page names."""
+    def scan(self, prefix: bytes, timeout_s: float, *, end_bytes: int) -> Iterator[Named]:
+        """SCAN with MATCH on every server, and the ends of what a page names."""
         fault: CallError | None = None
         for node in self._router.nodes(Deadline(timeout_s)):
             try:
-                yield from _scan_node(node, prefix, timeout_s)
+                yield from _scan_node(node, prefix, timeout_s, end_bytes)
             except CallError as error:
                 self._router.note_fault()
                 fault = error
@@ -195,19 +220,19 @@ class SocketTransport:
                 raise fault
 
 
-def _scan_node(node: RespNode, prefix: bytes, timeout_s: float) -> Iterator[Named]:
+def _scan_node(node: RespNode, prefix: bytes, timeout_s: float, end_bytes: int) -> Iterator[Named]:
     page = _Page(b"0", [])
     while True:
         deadline = Deadline(timeout_s)
         with node.lease(deadline) as connection:
-            page = _scan_page(connection, page.cursor, prefix, deadline)
+            page = _scan_page(connection, page.cursor, prefix, end_bytes, deadline)
         yield from page.found
         if page.cursor == b"0":
             return
 
 
 def _scan_page(
-    connection: RespConnection, cursor: bytes, prefix: bytes, deadline: Deadline
+    connection: RespConnection, cursor: bytes, prefix: bytes, end_bytes: int, deadline: Deadline
 ) -> _Page:
     command = encode(b"SCAN", cursor, b"MATCH", prefix + b"*", b"COUNT", _SCAN_COUNT)
     reply = connection.ask(command, deadline)
@@ -219,11 +244,27 @@ def _scan_page(
     if not keys:
         return _Page(following, [])
     # Of what is gone meanwhile the length is 0, as it is of an empty value.
-    words = [encode(word, key) for key in keys for word in (b"STRLEN", b"EXISTS")]
+    words = [
+        word
+        for key in keys
+        for word in (_strlen(key), _end(key, end_bytes), encode(b"EXISTS", key))
+    ]
     connection.send(b"".join(words), deadline)
     replies = [connection.reply(deadline) for _ in words]
-    lengths = zip(keys, replies[::2], replies[1::2], strict=True)
+    ends = [end_of(length, end) for length, end in zip(replies[::3], replies[1::3], strict=True)]
     return _Page(
         following,
-        [Named(key, size) for key, size, there in lengths if isinstance(size, int) and there == 1],
+        [
+            Named(key, end)
+            for key, end, there in zip(keys, ends, replies[2::3], strict=True)
+            if end is not None and there == 1
+        ],
     )
+
+
+def _strlen(key: bytes) -> bytes:
+    return encode(b"STRLEN", key)
+
+
+def _end(key: bytes, num_bytes: int) -> bytes:
+    return encode(b"GETRANGE", key, b"%d" % -num_bytes, b"-1")

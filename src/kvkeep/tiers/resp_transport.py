@@ -7,18 +7,42 @@ from typing import Protocol
 from kvkeep.tiers.base import Got, Miss, PutOutcome
 from kvkeep.tiers.breaker import Breaker
 from kvkeep.tiers.deadlines import Deadline
+from kvkeep.tiers.stored_value import End
 
-__all__ = ["Deleted", "Named", "RespTransport", "SetRequest", "SetResult"]
+__all__ = [
+    "Deleted",
+    "Named",
+    "Patch",
+    "RespTransport",
+    "SetRequest",
+    "SetResult",
+    "end_of",
+    "patch_result",
+    "patch_words",
+]
+
+# The one thing that servers have no command for: to write into a value that is there, and make none. Of a key
+# that is gone the length is 0. Arguments: the length, an offset, and what is written there.
+_PATCH_SCRIPT = b"""
+local length = redis.call('STRLEN', KEYS[1])
+if length == 0 or length ~= tonumber(ARGV[1]) then return 0 end
+redis.call('SETRANGE', KEYS[1], ARGV[2], ARGV[3])
+return 1
+"""
 
 
 @dataclass(slots=True)
 class SetRequest:
-    """A value to store under `key`, unless something is there: `parts`, together `num_bytes` long."""
+    """A value to store under `key`, unless something is there.
+
+    It is `parts`, together `num_bytes` long, and `tail` behind them.
+    """
 
     key: bytes
     parts: Iterable[memoryview]
     num_bytes: int
     ttl_ms: int | None
+    tail: bytes = b""
 
     @property
     def is_repeatable(self) -> bool:
@@ -45,10 +69,40 @@ class Deleted:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """An object on a server."""
+    """A value on a server."""
 
     name: bytes
-    num_bytes: int
+    end: End
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """What is to be written into a value of `length` bytes, from `offset` to its end or beyond."""
+
+    key: bytes
+    length: int
+    offset: int
+    content: bytes
+
+
+def end_of(length: object, end: object) -> End | None:
+    """What STRLEN and GETRANGE say of a value, None where they say something else."""
+    if not isinstance(length, int) or not isinstance(end, bytes):
+        return None
+    return End(length, end)
+
+
+def patch_words(patch: Patch) -> list[bytes]:
+    """The command that does it."""
+    places = (b"%d" % patch.length, b"%d" % patch.offset)
+    return [b"EVAL", _PATCH_SCRIPT, b"1", patch.key, *places, patch.content]
+
+
+def patch_result(answer: object) -> SetResult:
+    """What the answer to that command means."""
+    if answer == 1:
+        return SetResult(PutOutcome.STORED)
+    return SetResult(PutOutcome.REFUSED if answer == 0 else PutOutcome.FAILED, str(answer))
 
 
 class RespTransport(Protocol):
@@ -69,23 +123,34 @@ class RespTransport(Protocol):
     def get_into(
         self, key: bytes, views: Sequence[memoryview], num_bytes: int, deadline: Deadline
     ) -> Got | Miss:
-        """Fill byte views, together `num_bytes` long, with a value of that length."""
+        """Fill byte views, together `num_bytes` long, with an object of that length; see `stored_value`."""
         ...
 
     def set(self, request: SetRequest, deadline: Deadline) -> SetResult:
         """Store a value unless its key is there. Raises what going through its parts raises."""
         ...
 
+    def ends(self, keys: Sequence[bytes], num_bytes: int, deadline: Deadline) -> list[End | None]:
+        """The last `num_bytes` of each value; None where it is absent, or its server does not answer."""
+        ...
+
+    def patch_many(self, patches: Sequence[Patch], deadline: Deadline) -> list[SetResult]:
+        """Write into each value that is there and has the length that is said; makes none.
+
+        STORED; REFUSED where it has another length, or is gone; FAILED.
+        """
+        ...
+
     def delete_many(self, keys: Sequence[bytes], deadline: Deadline) -> Deleted:
-        """Delete keys, and say what there was of them."""
+        """Delete keys, and say what there was of them: the lengths of their values."""
         ...
 
     def touch_many(self, keys: Sequence[bytes], ttl_ms: int | None, deadline: Deadline) -> None:
         """Count a use of the keys, which live `ttl_ms` from now on, if that is given."""
         ...
 
-    def scan(self, prefix: bytes, timeout_s: float) -> Iterator[Named]:
-        """All keys that begin so, each step within `timeout_s`.
+    def scan(self, prefix: bytes, timeout_s: float, *, end_bytes: int) -> Iterator[Named]:
+        """All keys that begin so, with the last `end_bytes` of their values, each step within `timeout_s`.
 
         A key may come twice. Raises CallError, after all others, where some server does not answer.
         """

@@ -4,7 +4,7 @@ The form of what is kept is in `aead`; keys are kept by a `Keyring`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from threading import Lock
@@ -14,6 +14,7 @@ from kvkeep.errors import ConfigError, TierError
 from kvkeep.spec import StoredKey
 from kvkeep.tiers.base import (
     Got,
+    Labelled,
     Miss,
     MissCause,
     Presence,
@@ -76,13 +77,19 @@ class Sealed(TierWrapper):
                 return got
             miss = self._aead.open(tenant_key, key, sealed, buffers)
         if miss is None:
-            return Got(num_bytes)
+            labels = self._open_labels(tenant_key, key, got.labels)
+            if labels is not None:
+                return Got(num_bytes, labels)
+            # Nobody can tell whether it may still be used.
+            miss = Miss(MissCause.CORRUPT, "sealed labels")
         if miss.cause is MissCause.ABSENT:
             # Its key is gone, so it only stands in the way of what is put under the new one.
             self.inner.delete([key])
         return self._count(miss)
 
-    def put(self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int) -> PutOutcome:
+    def put(
+        self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int, labels: bytes = b""
+    ) -> PutOutcome:
         try:
             tenant_key = self._keyring.obtain(self._tenant_of(key))
         except TierError:
@@ -91,7 +98,8 @@ class Sealed(TierWrapper):
             return PutOutcome.FAILED
         sealed = self._seal(tenant_key, key, parts, SEAL_BYTES + num_bytes)
         with closing(sealed):
-            return self.inner.put(key, sealed, SEAL_BYTES + num_bytes)
+            sealed_labels = self._seal_labels(tenant_key, key, labels)
+            return self.inner.put(key, sealed, SEAL_BYTES + num_bytes, sealed_labels)
 
     def objects(self) -> Iterator[StoredObject]:
         for item in self.inner.objects():
@@ -112,14 +120,29 @@ class Sealed(TierWrapper):
         if isinstance(tenant_key, Miss):
             return None
         sealed = self.inner.labels(key)
-        return self._aead.open_labels(tenant_key, key, sealed) if sealed else sealed
+        return None if sealed is None else self._open_labels(tenant_key, key, sealed)
 
     def relabel(self, key: StoredKey, labels: bytes) -> bool:
-        tenant_key = self._key_of(self._tenant_of(key))
-        if isinstance(tenant_key, Miss):
-            return False
-        sealed = self._aead.seal_labels(tenant_key, key, labels) if labels else labels
-        return self.inner.relabel(key, sealed)
+        return self.relabel_many({key: labels})[0]
+
+    def relabel_many(self, key_to_labels: Mapping[StoredKey, bytes]) -> list[bool]:
+        key_to_sealed: dict[StoredKey, bytes] = {}
+        for key, labels in key_to_labels.items():
+            tenant_key = self._key_of(self._tenant_of(key))
+            if isinstance(tenant_key, TenantKey):
+                key_to_sealed[key] = self._seal_labels(tenant_key, key, labels)
+        are_done = dict(zip(key_to_sealed, self.inner.relabel_many(key_to_sealed), strict=True))
+        return [are_done.get(key, False) for key in key_to_labels]
+
+    def labelled(self) -> Iterator[Labelled]:
+        """As `objects`, without those whose labels cannot be opened: no get gives them either."""
+        for item in self.inner.labelled():
+            tenant_key = self._key_of(self._tenant_of(item.key))
+            if item.num_bytes < SEAL_BYTES or isinstance(tenant_key, Miss):
+                continue
+            labels = self._open_labels(tenant_key, item.key, item.labels)
+            if labels is not None:
+                yield Labelled(item.key, item.num_bytes - SEAL_BYTES, labels)
 
     def stats(self) -> TierStats:
         inner = self.inner.stats()
@@ -128,7 +151,7 @@ class Sealed(TierWrapper):
             puts = Counter(inner.puts) + Counter({str(PutOutcome.FAILED): self._num_failed})
         return replace(inner, misses=dict(misses), puts=dict(puts))
 
-    def _spill(self, key: StoredKey, parts: Sequence[memoryview]) -> None:
+    def _spill(self, key: StoredKey, parts: Sequence[memoryview], labels: bytes) -> None:
         """Pass on what is evicted opened: whoever takes it seals it himself."""
         if self.on_evict is None:
             return
@@ -137,8 +160,9 @@ class Sealed(TierWrapper):
         if isinstance(tenant_key, Miss) or sealed.nbytes < SEAL_BYTES:
             return
         opened = [memoryview(bytearray(sealed.nbytes - SEAL_BYTES))]
-        if self._aead.open(tenant_key, key, sealed, opened) is None:
-            self.on_evict(key, opened)
+        opened_labels = self._open_labels(tenant_key, key, labels)
+        if opened_labels is not None and not self._aead.open(tenant_key, key, sealed, opened):
+            self.on_evict(key, opened, opened_labels)
 
     def _seal(
         self, tenant_key: TenantKey, key: StoredKey, parts: Iterable[memoryview], num_bytes: int
@@ -146,6 +170,13 @@ class Sealed(TierWrapper):
         # Memory is taken when the tier asks for the first part: what it refuses costs none.
         with self._scratch.lend(num_bytes) as sealed:
             yield from self._aead.seal(tenant_key, key, parts, sealed)
+
+    def _seal_labels(self, tenant_key: TenantKey, key: StoredKey, labels: bytes) -> bytes:
+        """None are none, sealed or not."""
+        return self._aead.seal_labels(tenant_key, key, labels) if labels else b""
+
+    def _open_labels(self, tenant_key: TenantKey, key: StoredKey, sealed: bytes) -> bytes | None:
+        return self._aead.open_labels(tenant_key, key, sealed) if sealed else b""
 
     def _key_of(self, tenant: str) -> TenantKey | Miss:
         try:

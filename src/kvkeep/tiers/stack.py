@@ -3,7 +3,7 @@
 A block may lie in several tiers: a lower copy is what survives. Nothing here touches the device.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from kvkeep.spec import StoredKey
-from kvkeep.tiers.base import Occasion, Presence, PutOutcome, Tier
+from kvkeep.tiers.base import Occasion, Presence, PutOutcome, Spill, Tier
 
 __all__ = ["Floor", "Parts", "Sighting", "SpillingTier", "TierStack"]
 
@@ -24,7 +24,7 @@ Parts = Callable[[], Iterable[memoryview]]
 class SpillingTier(Protocol):
     """A tier that shows what it evicts, before its place is reused."""
 
-    on_evict: Callable[[StoredKey, Sequence[memoryview]], None] | None
+    on_evict: Spill | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class Sighting:
 class TierStack:
     """Floors by number, 0 the nearest to the device.
 
-    What a tier evicts falls to the next one that takes it: at once, or as `defer` sees to it, which queues a
-    job and says whether it could; `num_dropped` is how often it could not.
+    What a tier evicts falls, with its labels, to the next one that takes it: at once, or as `defer` sees to
+    it, which queues a job and says whether it could; `num_dropped` is how often it could not.
     """
 
     def __init__(self, floors: Sequence[Floor]) -> None:
@@ -100,19 +100,34 @@ class TierStack:
         )
 
     def put(
-        self, key: StoredKey, parts: Parts, num_bytes: int, occasion: Occasion
+        self,
+        key: StoredKey,
+        parts: Parts,
+        num_bytes: int,
+        occasion: Occasion,
+        *,
+        labels: bytes = b"",
     ) -> dict[int, PutOutcome]:
         """Write an object to every tier that takes it on this occasion; what became of it in each.
 
-        What is evicted goes one floor down only: to the nearest tier that takes it, unless one has it.
+        What is evicted goes one floor down only: to the nearest tier that takes it, unless one has it. Where
+        it is PRESENT, its labels stay as they are.
         """
         if occasion is Occasion.EVICTED:
-            return self._put_below(0, key, parts, num_bytes)
+            return self._put_below(0, key, parts, num_bytes, labels)
         return {
-            at: floor.tier.put(key, parts(), num_bytes)
+            at: floor.tier.put(key, parts(), num_bytes, labels)
             for at, floor in enumerate(self.floors)
             if occasion in floor.write_on
         }
+
+    def relabel(self, key_to_labels: Mapping[StoredKey, bytes]) -> dict[int, int]:
+        """Replace labels everywhere, also of objects that are falling; how many were in each tier."""
+        with self._lock:
+            for key in key_to_labels if self._spilling else ():
+                if key in self._spilling:
+                    self._spilling[key].labels = key_to_labels[key]
+        return {at: sum(tier.relabel_many(key_to_labels)) for at, tier in enumerate(self.tiers)}
 
     def delete(self, keys: Sequence[StoredKey]) -> dict[int, int]:
         """Forget objects everywhere, also those that are falling; how many there were in each tier."""
@@ -144,7 +159,7 @@ class TierStack:
             tier.close()
 
     def _put_below(
-        self, first: int, key: StoredKey, parts: Parts, num_bytes: int
+        self, first: int, key: StoredKey, parts: Parts, num_bytes: int, labels: bytes
     ) -> dict[int, PutOutcome]:
         below = range(first, len(self.floors))
         if any(
@@ -155,20 +170,20 @@ class TierStack:
         for at in below:
             floor = self.floors[at]
             if Occasion.EVICTED in floor.write_on:
-                outcomes[at] = floor.tier.put(key, parts(), num_bytes)
+                outcomes[at] = floor.tier.put(key, parts(), num_bytes, labels)
                 if outcomes[at] in (PutOutcome.STORED, PutOutcome.PRESENT):
                     break
         return outcomes
 
-    def _spill_from(self, at: int) -> Callable[[StoredKey, Sequence[memoryview]], None]:
-        def spill(key: StoredKey, parts: Sequence[memoryview]) -> None:
+    def _spill_from(self, at: int) -> Spill:
+        def spill(key: StoredKey, parts: Sequence[memoryview], labels: bytes) -> None:
             num_bytes = sum(part.nbytes for part in parts)
             if self.defer is None:
-                self._put_below(at + 1, key, lambda: parts, num_bytes)
+                self._put_below(at + 1, key, lambda: parts, num_bytes, labels)
                 return
             # The place above is reused at once: what waits must have bytes of its own.
             taken = [np.frombuffer(part, np.uint8).copy().data for part in parts]
-            spilling = _Spilling()
+            spilling = _Spilling(labels)
             with self._lock:
                 self._spilling[key] = spilling
             if not self.defer(partial(self._land, at + 1, key, taken, num_bytes, spilling)):
@@ -186,9 +201,13 @@ class TierStack:
         spilling: "_Spilling",
     ) -> None:
         """Write what fell, unless it has been deleted meanwhile."""
+        labels = spilling.labels
         if not spilling.is_cancelled:
-            self._put_below(first, key, lambda: parts, num_bytes)
+            self._put_below(first, key, lambda: parts, num_bytes, labels)
         self._end_spill(key, spilling)
+        if spilling.labels is not labels:
+            for floor in self.floors[first:]:
+                floor.tier.relabel(key, spilling.labels)
         if spilling.is_cancelled:
             for floor in self.floors[first:]:
                 floor.tier.delete([key])
@@ -203,4 +222,5 @@ class TierStack:
 class _Spilling:
     """An object on its way down from a tier that had no room for it any more."""
 
+    labels: bytes
     is_cancelled: bool = False

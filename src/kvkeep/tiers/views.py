@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["byte_views", "rest_of", "scatter"]
+__all__ = ["byte_views", "last_bytes", "rest_of", "scatter"]
 
 
 def byte_views(views: Iterable[memoryview]) -> list[memoryview]:
@@ -28,6 +28,21 @@ def rest_of(views: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
             rest.append(view[num_bytes:] if num_bytes else view)
             num_bytes = 0
     return rest
+
+
+def last_bytes(views: Sequence[memoryview], num_bytes: int) -> bytes:
+    """The last `num_bytes` of byte views, or all they have.
+
+    >>> last_bytes([memoryview(b"abc"), memoryview(b"de")], 3)
+    b'cde'
+    """
+    found = b""
+    for view in reversed(views):
+        left = num_bytes - len(found)
+        if not left:
+            break
+        found = bytes(view[-left:]) + found
+    return found
 
 
 def scatter(source: memoryview, views: Sequence[memoryview]) -> None:

@@ -1,13 +1,15 @@
 """A tier around a tier, which passes everything on: a wrapper says only what it changes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvkeep.spec import StoredKey
 from kvkeep.tiers.base import (
     Got,
+    Labelled,
     Miss,
     Presence,
     PutOutcome,
+    Spill,
     StoredObject,
     Tier,
     TierStats,
@@ -15,10 +17,7 @@ from kvkeep.tiers.base import (
 from kvkeep.tiers.reading import QuarantiningTier
 from kvkeep.tiers.stack import SpillingTier
 
-__all__ = ["Spill", "TierWrapper"]
-
-# What a tier calls with the bytes of an object that it evicts.
-Spill = Callable[[StoredKey, Sequence[memoryview]], None]
+__all__ = ["TierWrapper"]
 
 
 class TierWrapper(Tier):
@@ -51,8 +50,10 @@ class TierWrapper(Tier):
     def get(self, key: StoredKey, buffers: Sequence[memoryview]) -> Got | Miss:
         return self.inner.get(key, buffers)
 
-    def put(self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int) -> PutOutcome:
-        return self.inner.put(key, parts, num_bytes)
+    def put(
+        self, key: StoredKey, parts: Iterable[memoryview], num_bytes: int, labels: bytes = b""
+    ) -> PutOutcome:
+        return self.inner.put(key, parts, num_bytes, labels)
 
     def delete(self, keys: Sequence[StoredKey]) -> int:
         return self.inner.delete(keys)
@@ -79,10 +80,19 @@ class TierWrapper(Tier):
     def relabel(self, key: StoredKey, labels: bytes) -> bool:
         return self.inner.relabel(key, labels)
 
+    def labelled(self) -> Iterator[Labelled]:
+        return self.inner.labelled()
+
+    def hold(self, keys: Sequence[StoredKey]) -> list[bool]:
+        return self.inner.hold(keys)
+
+    def let_go(self, keys: Sequence[StoredKey]) -> None:
+        self.inner.let_go(keys)
+
     def close(self) -> None:
         self.inner.close()
 
-    def _spill(self, key: StoredKey, parts: Sequence[memoryview]) -> None:
+    def _spill(self, key: StoredKey, parts: Sequence[memoryview], labels: bytes) -> None:
         """Pass on what the tier inside evicts."""
         if self.on_evict is not None:
-            self.on_evict(key, parts)
+            self.on_evict(key, parts, labels)

@@ -1,0 +1,16 @@
+"""Why a request was not served from the cache, and what in a request keeps others from it."""
+
+from kvkeep.cache.explain.history import History
+from kvkeep.cache.explain.lint import Finding, Severity, lint_request
+from kvkeep.cache.explain.miss import Miss, MissType, Outline, Sent
+
+__all__ = [
+    "Finding",
+    "History",
+    "Miss",
+    "MissType",
+    "Outline",
+    "Sent",
+    "Severity",
+    "lint_request",
+]

@@ -1,0 +1,383 @@
+"""The life of cached blocks: claims of requests, sessions, tags, pins, and what has ended.
+
+Bookkeeping only: what is to be forgotten is returned, and forgotten by who holds the places. For one thread.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from time import time
+
+from kvkeep.blocks import TokenChain
+from kvkeep.cache.lifetimes.claims import Claim, tag_parts
+from kvkeep.cache.lifetimes.labels import (
+    ContextId,
+    Labels,
+    PinId,
+    SessionId,
+    decode_labels,
+    merge_labels,
+)
+from kvkeep.cache.lifetimes.register import Change, Register
+from kvkeep.cache.lifetimes.relevance import AUTO, common_blocks, is_turn
+from kvkeep.cache.lifetimes.selector import Query
+from kvkeep.cache.lifetimes.sessions import Session, Sessions
+from kvkeep.cache.lifetimes.settings import LifetimeSettings
+from kvkeep.cache.lifetimes.versions import outdated_tags, versioned_name
+from kvkeep.config import CacheOptions
+from kvkeep.spec import BlockKey
+
+__all__ = ["Arrival", "Gone", "Lifetimes"]
+
+# Who hears of blocks that are not known any more, and why: "evicted", "expired" or "invalidated".
+Gone = Callable[[Collection[BlockKey], str], None]
+
+_MOST_ENDED_PINS = 2**14
+# Purges against which what tiers still have is checked.
+_MOST_PURGED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What the labels of a block say that came from a tier; `refusal` is why it must not be used, if so.
+
+    Unless `is_final` it is refused for what clocks may differ, and others may still use it.
+    """
+
+    refusal: str | None
+    changes: list[Change]
+    is_final: bool = True
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the block may be used."""
+        return self.refusal is None
+
+
+class Lifetimes:
+    """The labels of all blocks and the rules by which they change. `clock` is the wall clock, in seconds."""
+
+    def __init__(
+        self,
+        settings: LifetimeSettings | None = None,
+        *,
+        clock: Callable[[], float] = time,
+    ) -> None:
+        self.settings = settings or LifetimeSettings()
+        self.clock = clock
+        self.register = Register()
+        self.sessions = Sessions(self.settings.session_ttl_s)
+        # Open claims, with the session that they are of.
+        self._claims: dict[Claim, Session | None] = {}
+        self._pins: dict[PinId, BlockKey] = {}
+        self._ended_pins: OrderedDict[PinId, None] = OrderedDict()
+        self.on_gone: Gone | None = None
+        self._purged: deque[Query] = deque(maxlen=_MOST_PURGED)
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def open(self, options: CacheOptions, chain: TokenChain) -> Claim:
+        """The claim of a request that has come; its session begins, or goes on, now."""
+        ttl_s = options.ttl_s
+        session = context = before = known = None
+        if options.session is not None:
+            session = SessionId(chain.root, options.session)
+            known = self.sessions.use(session, self.clock())
+            known.num_open += 1
+            known.num_requests += 1
+            context, before = self._context(known, options.context, chain), known.context
+            known.context = context or before
+        claim = Claim(
+            namespace=chain.root,
+            session=session,
+            context=context,
+            left_context=before if context is not None and context != before else None,
+            parts=tag_parts(options.tag_spans, chain.block_size),
+            ttl_s=self.settings.default_ttl_s if ttl_s is None else ttl_s,
+            counts_from_first=options.ttl_counts_from == "first",
+            priority=options.priority,
+            is_kept_out=not options.write or ttl_s == 0,
+            is_silent=not options.write,
+        )
+        self._claims[claim] = known
+        return claim
+
+    def plain(self, namespace: BlockKey) -> Claim:
+        """The claim of who asks for nothing in particular."""
+        claim = Claim(namespace=namespace, ttl_s=self.settings.default_ttl_s)
+        self._claims[claim] = None
+        return claim
+
+    def outdated(self, claim: Claim) -> frozenset[str]:
+        """Tags of this tenant's blocks that the claim's versions replace."""
+        if not any(map(versioned_name, claim.tags)):
+            return frozenset()
+        known = {one for tag in claim.tags for one in self.register.versions(tag)}
+        for other in self._claims:
+            if other.namespace == claim.namespace:
+                known |= other.tags
+        return outdated_tags(claim.tags, known)
+
+    def begin(self, claim: Claim, chain: TokenChain) -> list[BlockKey]:
+        """Called once, when a request of a session begins to run: what that session has turned away from.
+
+        Blocks of its last chain that this one does not have, and blocks that only another context of it used,
+        as far as nobody else uses them; leaves come last.
+        """
+        session = self._claims.get(claim)
+        if session is None or claim.session is None or claim.has_begun or claim.is_void:
+            return []
+        claim.has_begun = True
+        own, name = set(chain.keys), claim.session.name
+        left: list[BlockKey] = []
+        if common_blocks(session.last_keys, chain.keys):
+            left += [key for key in session.last_keys if self._is_only_of(key, name, own)]
+        if claim.left_context is not None:
+            context = frozenset((ContextId(name, claim.left_context),))
+            for labels, keys in self.register.of_session(claim.session):
+                if labels.contexts == context and labels.is_owned_by(name):
+                    left += [key for key in keys if key not in own]
+        return list(dict.fromkeys(left))
+
+    def use(
+        self, claim: Claim, chain: TokenChain, numbers: Sequence[int], *, is_new: bool
+    ) -> list[Change]:
+        """A request uses blocks of its chain, by number, in order; `is_new`: it has computed them."""
+        if not numbers:
+            return []
+        keys = _keys_at(chain, numbers)
+        now_s = self.clock()
+        self.register.touch(keys, now_s)
+        if claim.is_void or claim.is_silent:
+            return []
+        if len(claim.parts) == 1 and claim.pin is None:
+            return self.register.update(keys, claim.on(claim.tags, now_s, is_new=is_new))
+        by_tags: dict[frozenset[str], list[BlockKey]] = {}
+        for number, key in zip(numbers, keys, strict=True):
+            by_tags.setdefault(claim.tags_of(number), []).append(key)
+        changes = [
+            change
+            for tags, own in by_tags.items()
+            for change in self.register.update(own, claim.on(tags, now_s, is_new=is_new))
+        ]
+        if claim.pin is not None and claim.pin in self._pins:
+            pinned = [chain.keys[number] for number in numbers if number < claim.num_pinned]
+            changes += self.pin(claim.pin, claim.namespace, pinned)
+        return changes
+
+    def renew(self, claim: Claim, keys: Sequence[BlockKey]) -> list[Change]:
+        """A request lets go of blocks: their use ends now, from where a sliding life counts."""
+        if not claim.slides or not claim.publishes:
+            return []
+        end_s = self.clock() + claim.ttl_s
+
+        def longer(old: Labels | None) -> Labels | None:
+            return None if old is None else replace(old, expires_at=max(old.expires_at, end_s))
+
+        return self.register.update(keys, longer)
+
+    def close(self, claim: Claim, chain: TokenChain | None = None) -> None:
+        """A request has ended; `chain` is what its session then knows as its last. Again does nothing."""
+        if not claim.is_open:
+            return
+        claim.is_open = False
+        session = self._claims.pop(claim)
+        if session is None:
+            return
+        session.num_open -= 1
+        # One that was closed meanwhile is not used any more, nor is one that began under its name.
+        if self.sessions.get(session.session_id) is session:
+            self.sessions.use(session.session_id, self.clock())
+            if chain is not None and claim.publishes:
+                session.chain = chain
+
+    def purged(self, query: Query) -> int:
+        """What a query means is gone: requests that it means publish nothing any more; how many there were.
+
+        Nor is it used where a tier still has it, since it failed when it was to delete.
+        """
+        now_s = self.clock()
+        if query.used_before is None:
+            before = now_s if query.created_before is None else query.created_before
+            self._purged.append(replace(query, created_before=before))
+        if query.keys is not None or query.used_before is not None:
+            return 0
+        num_void = 0
+        for claim in self._claims:
+            if not claim.is_void and query.fits(claim.on(claim.tags, now_s, is_new=True)(None)):
+                claim.is_void = True
+                num_void += 1
+        return num_void
+
+    # --- what comes from tiers ---------------------------------------------------------------------
+
+    def arrive(self, key: BlockKey, namespace: BlockKey, encoded: bytes) -> Arrival:
+        """A block has come from a tier, with these labels or b""; they join those that are known."""
+        now_s = self.clock()
+        labels = self._labels_of(namespace, encoded, now_s)
+        if labels is None:
+            return Arrival("invalidated", [])
+        known = self.register.get(key)
+        if max(labels.ends_at, known.ends_at if known else 0.0) <= now_s:
+            is_final = labels.ends_at + self.settings.max_clock_skew_s <= now_s
+            return Arrival("expired", [], is_final=is_final)
+        if known is None and any(query.means(key, labels) for query in self._purged):
+            return Arrival("invalidated", [])
+        changes = self._add(key, labels)
+        self._note_names(labels, now_s)
+        return Arrival(None, changes)
+
+    def enter(self, key: BlockKey, namespace: BlockKey) -> list[Change]:
+        """A block is brought from outside, as one that nobody asked anything for."""
+        now_s = self.clock()
+        self.register.forget(self.register.dead((key,), now_s))
+        return self._add(key, self._plain_labels(namespace, now_s))
+
+    def restore(self, key: BlockKey, encoded: bytes) -> bool:
+        """At the start: a tier has a block with these labels; False when it is to be deleted.
+
+        One without labels is left alone: they come when it is loaded.
+        """
+        if not encoded:
+            return True
+        labels = decode_labels(encoded)
+        if labels is None:
+            return False
+        arrival = self.arrive(key, labels.namespace, encoded)
+        return arrival.is_alive or not arrival.is_final
+
+    # --- sessions ----------------------------------------------------------------------------------
+
+    def end_session(self, session_id: SessionId) -> list[Change]:
+        """End a session: its requests publish nothing any more, what it leaves is others'."""
+        for claim in self._claims:
+            claim.is_void |= claim.session == session_id
+        self.sessions.end(session_id)
+        keys = [key for _, own in self.register.of_session(session_id) for key in own]
+        return self.register.update(
+            keys, lambda old: None if old is None else old.without_session(session_id.name)
+        )
+
+    def fork_session(self, parent: SessionId, child: SessionId) -> list[Change]:
+        """Begin a session that uses all that `parent`, which there is, does."""
+        now_s = self.clock()
+        origin = self.sessions.use(parent, now_s)
+        session = self.sessions.use(child, now_s)
+        session.chain, session.context = origin.chain, origin.context
+        keys = [key for _, own in self.register.of_session(parent) for key in own]
+
+        def share(old: Labels | None) -> Labels | None:
+            if old is None:
+                return None
+            contexts = {
+                ContextId(child.name, one.name)
+                for one in old.contexts
+                if one.session == parent.name
+            }
+            return replace(
+                old, sessions=old.sessions | {child.name}, contexts=old.contexts | contexts
+            ).bounded()
+
+        return self.register.update(keys, share)
+
+    # --- pins --------------------------------------------------------------------------------------
+
+    def pin(self, pin: PinId, namespace: BlockKey, keys: Sequence[BlockKey]) -> list[Change]:
+        """Keep known blocks until `unpin`; several pins may mean the same block."""
+        self._pins[pin] = namespace
+        self._ended_pins.pop(pin, None)
+
+        def keep(old: Labels | None) -> Labels | None:
+            return None if old is None else replace(old, pins=old.pins | {pin})
+
+        return self.register.update(keys, keep)
+
+    def pin_all(self, claim: Claim, chain: TokenChain) -> PinId:
+        """Let a request pin the full blocks that its chain has now; the pin is named after their content."""
+        claim.pin, claim.num_pinned = PinId(f"prompt:{chain.keys[-1].hex()[:16]}"), len(chain.keys)
+        self.pin(claim.pin, claim.namespace, ())
+        return claim.pin
+
+    def unpin(self, pin: PinId) -> list[Change]:
+        """End a pin; what no other means is kept no longer than its labels say."""
+        self._pins.pop(pin, None)
+        self._ended_pins[pin] = None
+        self._ended_pins.move_to_end(pin)
+        if len(self._ended_pins) > _MOST_ENDED_PINS:
+            self._ended_pins.popitem(last=False)
+        keys = [key for _, own in self.register.pinned(pin) for key in own]
+        return self.register.update(keys, lambda old: None if old is None else old.without_pin(pin))
+
+    @property
+    def pins(self) -> dict[PinId, BlockKey]:
+        """All pins, with the namespace of their blocks."""
+        return dict(self._pins)
+
+    def has_pin(self, pin: PinId) -> bool:
+        """Whether there is such a pin."""
+        return pin in self._pins
+
+    # --- what has ended ----------------------------------------------------------------------------
+
+    def tell_gone(self, keys: Collection[BlockKey], reason: str) -> None:
+        """Blocks are not known any more, anywhere."""
+        if self.on_gone is not None and keys:
+            self.on_gone(keys, reason)
+
+    def next_due(self) -> float:
+        """Nothing ends of itself before this time."""
+        return min(self.register.next_expiry, self.sessions.next_end)
+
+    # --- parts -------------------------------------------------------------------------------------
+
+    def _context(self, session: Session, asked: str | None, chain: TokenChain) -> str | None:
+        if asked != AUTO:
+            return asked
+        is_auto = session.context is not None and session.context.startswith(f"{AUTO}:")
+        if not is_auto or is_turn(session.last_keys, chain.keys, self.settings.context_share):
+            session.num_auto += 1
+            return f"{AUTO}:{session.num_auto}"
+        return session.context
+
+    def _is_only_of(self, key: BlockKey, session: str, own: set[BlockKey]) -> bool:
+        labels = self.register.get(key)
+        return key not in own and labels is not None and labels.is_owned_by(session)
+
+    def _labels_of(self, namespace: BlockKey, encoded: bytes, now_s: float) -> Labels | None:
+        """What the bytes say; None where they cannot be read, are of another tenant, or name no user."""
+        if not encoded:
+            # Written before there were labels: whoever computed it did not ask for anything.
+            return self._plain_labels(namespace, now_s)
+        labels = decode_labels(encoded)
+        if labels is None or labels.namespace != namespace:
+            return None
+        labels = labels.kept(
+            lambda one: not self.sessions.has_ended(one), lambda one: one not in self._ended_pins
+        )
+        if labels.is_orphaned:
+            return None
+        return replace(labels, expires_at=labels.expires_at - self.settings.max_clock_skew_s)
+
+    def _plain_labels(self, namespace: BlockKey, now_s: float) -> Labels:
+        end_s = now_s + self.settings.default_ttl_s
+        return Labels(namespace=namespace, is_shared=True, created_at=now_s, expires_at=end_s)
+
+    def _add(self, key: BlockKey, labels: Labels) -> list[Change]:
+        return self.register.update(
+            [key], lambda old: labels if old is None else merge_labels(old, labels)
+        )
+
+    def _note_names(self, labels: Labels, now_s: float) -> None:
+        """Sessions and pins that labels from a tier name go on here."""
+        for name in labels.sessions:
+            session_id = SessionId(labels.namespace, name)
+            if self.sessions.get(session_id) is None:
+                self.sessions.use(session_id, now_s).created_at = labels.created_at
+        for pin in labels.pins:
+            self._pins.setdefault(pin, labels.namespace)
+
+
+def _keys_at(chain: TokenChain, numbers: Sequence[int]) -> Sequence[BlockKey]:
+    if numbers[-1] - numbers[0] + 1 == len(numbers):
+        return chain.keys[numbers[0] : numbers[-1] + 1]
+    return [chain.keys[number] for number in numbers]

@@ -1,0 +1,146 @@
+"""Which blocks are meant: by tag, session, tenant, key, age or use."""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from kvkeep.cache.lifetimes.labels import Labels
+from kvkeep.cache.lifetimes.register import Register
+from kvkeep.errors import ConfigError
+from kvkeep.spec import BlockKey
+
+__all__ = ["Match", "Query", "Selector", "match"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selector:
+    """What a purge means. A block has to fit every field that is given; of one field's values any will do.
+
+    `tags`: blocks with such a tag. `sessions`: blocks that none but these sessions use. `salts`: blocks of
+    these tenants (None: of those without). `keys`: these blocks. `older_than_s`: computed so long ago;
+    `unused_for_s`: not used for so long. `everything` has to be said where nothing else is. Pinned blocks are
+    meant with `include_pinned` only. `tiers` ("device" is one) limits where they are forgotten.
+
+    Raises ConfigError for a selector that means nothing, or everything by mistake.
+    """
+
+    tags: tuple[str, ...] = ()
+    sessions: tuple[str, ...] = ()
+    salts: tuple[str | None, ...] = ()
+    keys: tuple[BlockKey, ...] | None = None
+    older_than_s: float | None = None
+    unused_for_s: float | None = None
+    everything: bool = False
+    include_pinned: bool = False
+    tiers: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("older_than_s", "unused_for_s"):
+            value = getattr(self, field)
+            if value is not None and not value >= 0:
+                raise ConfigError(
+                    f"{field}={value!r} is no length of time; give seconds, 0 or more"
+                )
+        for field in ("tags", "sessions", "salts", "tiers"):
+            if isinstance(getattr(self, field), str):
+                raise ConfigError(f"{field}={getattr(self, field)!r} is text; give a tuple of such")
+        is_narrow = bool(self.tags or self.sessions or self.salts) or any(
+            one is not None for one in (self.keys, self.older_than_s, self.unused_for_s)
+        )
+        if self.everything and is_narrow:
+            raise ConfigError("everything=True leaves nothing to choose; give it alone")
+        if not self.everything and not is_narrow:
+            raise ConfigError(
+                "a purge names no block; give tags, sessions, salts, keys or an age, or everything=True"
+            )
+
+    def resolve(self, namespace_of: Callable[[str | None], BlockKey], now_s: float) -> "Query":
+        """The same in terms of keys and points in time."""
+        return Query(
+            tags=frozenset(self.tags),
+            sessions=frozenset(self.sessions),
+            namespaces=frozenset(map(namespace_of, self.salts)) if self.salts else None,
+            keys=None if self.keys is None else frozenset(self.keys),
+            created_before=None if self.older_than_s is None else now_s - self.older_than_s,
+            used_before=None if self.unused_for_s is None else now_s - self.unused_for_s,
+            include_pinned=self.include_pinned,
+            tiers=self.tiers,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Query:
+    """A selector at a point in time, so that it means the same blocks when a crash interrupted it.
+
+    None and empty sets leave all.
+    """
+
+    tags: frozenset[str] = frozenset()
+    sessions: frozenset[str] = frozenset()
+    namespaces: frozenset[BlockKey] | None = None
+    keys: frozenset[BlockKey] | None = None
+    created_before: float | None = None
+    used_before: float | None = None
+    include_pinned: bool = False
+    tiers: tuple[str, ...] | None = None
+
+    def fits(self, labels: Labels) -> bool:
+        """Whether blocks of these labels are meant, as far as labels tell; pinned ones are."""
+        return (
+            (not self.tags or not self.tags.isdisjoint(labels.tags))
+            and (not self.sessions or self._is_of_sessions(labels))
+            and (self.namespaces is None or labels.namespace in self.namespaces)
+            and (self.created_before is None or labels.created_at <= self.created_before)
+        )
+
+    def means(self, key: BlockKey, labels: Labels) -> bool:
+        """Whether a block of these labels was meant, as far as labels tell."""
+        is_free = self.include_pinned or not labels.pins
+        return is_free and (self.keys is None or key in self.keys) and self.fits(labels)
+
+    def _is_of_sessions(self, labels: Labels) -> bool:
+        return bool(labels.sessions) and not labels.is_shared and labels.sessions <= self.sessions
+
+    def candidates(self, register: Register) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
+        """All blocks that may be meant, by labels; some may come twice."""
+        if self.tags:
+            return chain.from_iterable(register.tagged(tag) for tag in self.tags)
+        if self.sessions:
+            named = [one for one in register.sessions if one.name in self.sessions]
+            return chain.from_iterable(map(register.of_session, named))
+        if self.namespaces is not None:
+            return chain.from_iterable(map(register.of_namespace, self.namespaces))
+        if self.keys is not None:
+            found = ((register.get(key), (key,)) for key in self.keys)
+            return ((labels, key) for labels, key in found if labels is not None)
+        return register.all()
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Blocks that a query means, and how many more it would mean were they not pinned."""
+
+    keys: frozenset[BlockKey]
+    num_pinned: int
+
+
+def match(query: Query, register: Register, now_s: float) -> Match:
+    """The blocks of the register that a query means; what has expired by now is gone already."""
+    found: set[BlockKey] = set()
+    pinned: set[BlockKey] = set()
+    for labels, keys in query.candidates(register):
+        if labels.ends_at <= now_s or not query.fits(labels):
+            continue
+        target = pinned if labels.pins and not query.include_pinned else found
+        if query.keys is None and query.used_before is None:
+            target.update(keys)
+        else:
+            target.update(key for key in keys if _is_meant(query, register, key))
+    return Match(frozenset(found), len(pinned))
+
+
+def _is_meant(query: Query, register: Register, key: BlockKey) -> bool:
+    if query.keys is not None and key not in query.keys:
+        return False
+    used_at = register.used_at(key)
+    return query.used_before is None or used_at is None or used_at <= query.used_before

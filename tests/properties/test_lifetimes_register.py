@@ -1,0 +1,112 @@
+"""The register of labels against a plain dict."""
+
+from dataclasses import replace
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from kvkeep.cache.lifetimes import Labels, PinId, Register, SessionId
+from kvkeep.spec import BlockKey
+
+ROOTS = (BlockKey(b"r" * 32), BlockKey(b"s" * 32))
+KEYS = [BlockKey(bytes([number]) * 32) for number in range(12)]
+
+some_keys = st.lists(st.sampled_from(KEYS), min_size=1, unique=True)
+some_labels = st.builds(
+    Labels,
+    namespace=st.sampled_from(ROOTS),
+    sessions=st.frozensets(st.sampled_from("ab")),
+    is_shared=st.booleans(),
+    tags=st.frozensets(st.sampled_from(["t", "f@1", "f@2"])),
+    expires_at=st.sampled_from([5.0, 10.0, float("inf")]),
+    created_at=st.sampled_from([0.0, 1.0]),
+    priority=st.sampled_from([50, 70]),
+    pins=st.frozensets(st.sampled_from([PinId("p")])),
+)
+
+
+class RegisterMachine(RuleBasedStateMachine):
+    """Labels come, change and go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register = Register()
+        self.model: dict[BlockKey, Labels] = {}
+        self.used: dict[BlockKey, float] = {}
+
+    @rule(keys=some_keys, labels=some_labels)
+    def put(self, keys: list[BlockKey], labels: Labels) -> None:
+        changes = self.register.update(keys, lambda _: labels)
+        changed = {key for change in changes for key in change.keys}
+        assert changed == {key for key in keys if self.model.get(key) != labels}
+        assert all(self.model.get(key) == one.old for one in changes for key in one.keys)
+        self.model.update(dict.fromkeys(keys, labels))
+
+    @rule(keys=some_keys, tag=st.sampled_from(["t", "f@3"]))
+    def add_a_tag(self, keys: list[BlockKey], tag: str) -> None:
+        """What has no labels stays without."""
+
+        def tagged(old: Labels | None) -> Labels | None:
+            return None if old is None else replace(old, tags=old.tags | {tag})
+
+        self.register.update(keys, tagged)
+        for key in keys:
+            if key in self.model:
+                self.model[key] = replace(self.model[key], tags=self.model[key].tags | {tag})
+
+    @rule(keys=some_keys)
+    def forget(self, keys: list[BlockKey]) -> None:
+        self.register.forget(keys)
+        for key in keys:
+            self.model.pop(key, None)
+            self.used.pop(key, None)
+
+    @rule(keys=some_keys, now_s=st.floats(0, 20))
+    def touch(self, keys: list[BlockKey], now_s: float) -> None:
+        known = [key for key in keys if key in self.model]
+        self.register.touch(known, now_s)
+        self.used.update(dict.fromkeys(known, now_s))
+
+    @invariant()
+    def all_ways_lead_to_the_same_blocks(self) -> None:
+        register, model = self.register, self.model
+        assert {key: register.get(key) for key in register} == model
+        assert len(register) == len(model)
+        assert {key: register.used_at(key) for key in self.used} == self.used
+        for tag in ("t", "f@1", "f@2", "f@3"):
+            assert _keys(register.tagged(tag)) == {k for k, one in model.items() if tag in one.tags}
+        for root in ROOTS:
+            own = {key for key, one in model.items() if one.namespace == root}
+            assert _keys(register.of_namespace(root)) == own
+            for session in "ab":
+                users = {key for key in own if session in model[key].sessions}
+                assert _keys(register.of_session(SessionId(root, session))) == users
+        assert _keys(register.pinned(PinId("p"))) == {k for k, one in model.items() if one.pins}
+        assert _keys(register.all()) == set(model)
+        versions = {tag for one in model.values() for tag in one.tags if tag.startswith("f@")}
+        assert set(register.versions("f@9")) == versions
+        for now_s in (0.0, 5.0, 7.0, 10.0):
+            dead = {key for key, one in model.items() if one.ends_at <= now_s}
+            assert register.dead(KEYS, now_s) == dead
+            assert set(register.due(now_s)) == dead
+            assert register.next_expiry <= min(
+                [one.ends_at for one in model.values()], default=float("inf")
+            )
+        marked = {one for one in model.values() if one.pins or one.priority != 50}
+        assert register.num_marked == len(marked)
+        assert register.check() == []
+
+
+def _keys(groups: object) -> set[BlockKey]:
+    return {key for _, keys in groups for key in keys}  # type: ignore[attr-defined]
+
+
+def test_the_register_is_a_dict_with_more_ways_in() -> None:
+    """Whatever is put, changed and forgotten, every index finds exactly the blocks that a scan would."""
+    run_state_machine_as_test(RegisterMachine, settings=settings(stateful_step_count=40))
