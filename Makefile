@@ -5,6 +5,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n auto
 BENCH_ARGS ?=
 SOAK_ARGS ?=
+LOAD_ARGS ?=
 
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
@@ -16,7 +17,7 @@ INSTALL_INPUTS := pyproject.toml scripts/make_venv.sh scripts/install_torch.py \
 CODE := $(wildcard src models benchmarks tests scripts examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu faults format bench bench-peers soak docs clean
+.PHONY: help setup demo test test-gpu faults format bench bench-peers soak load docs clean
 .PHONY: check check-format check-lint check-types check-layers check-sizes check-native
 
 help: ## list the targets
@@ -89,6 +90,9 @@ bench-peers: $(DEVELOPMENT) ## measure kvkeep beside other engines, each in an e
 
 soak: $(DEVELOPMENT) ## run the long random test of a whole server
 	$(BIN)/python -m benchmarks.soak $(SOAK_ARGS)
+
+load: $(DEVELOPMENT) ## load a server with guidellm (LOAD_ARGS="--rate 16")
+	sh scripts/load_test.sh $(VENV) $(LOAD_ARGS)
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -37,9 +37,11 @@ NAME_TO_MINUTES = {
     "planner_regret": 0.5,
     "planner_real": 4.0,
     "chat_turns": 4.0,
+    "server_overhead": 6.0,
+    "purge_speed": 2.0,
     "trace_policies": 4.0,
 }
-FULL_MINUTES = 77.0
+FULL_MINUTES = 85.0
 # Scripts that measure a model of a real shape, and so can be asked for another one. The batches of "decode"
 # are as large as memory allows in its own shape.
 SHAPED = frozenset(NAME_TO_MINUTES) - {

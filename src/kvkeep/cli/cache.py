@@ -1,10 +1,13 @@
-"""`kvkeep cache`: what lies in a folder of blocks, without a model."""
+"""`kvkeep cache`: what is cached, by a server or in a folder of blocks, without a model."""
 
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from kvkeep.cli.cache_change import change_commands
+from kvkeep.cli.cache_lint import lint
+from kvkeep.cli.cache_look import look_commands
 from kvkeep.cli.console import EXIT_CHECK_FAILED, Command, emit_json, stdout, working
 from kvkeep.cli.options import json_option
 from kvkeep.config.sizes import format_bytes
@@ -17,7 +20,7 @@ _ANY_CAPACITY = 2**62
 
 @click.group()
 def cache() -> None:
-    """Look after what tiers have on disk."""
+    """Look after what is cached: by a running server, or in a folder on disk."""
 
 
 @cache.command(cls=Command)
@@ -49,3 +52,7 @@ def verify(ctx: click.Context, /, *, folder: Path, repair: bool, as_json: bool) 
         out.print(f"{len(report.wrong)} wrong, {verdict}" if report.wrong else "all are right")
     if report.wrong and not repair:
         ctx.exit(EXIT_CHECK_FAILED)
+
+
+for _command in (*look_commands, lint, *change_commands):
+    cache.add_command(_command)

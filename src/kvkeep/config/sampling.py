@@ -1,8 +1,9 @@
 """How the next token of a request is chosen, and when the request ends."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from kvkeep.config.grammar import Grammar
 from kvkeep.errors import ConfigError
 
 __all__ = ["MAX_TOP_LOGPROBS", "SamplingParams"]
@@ -20,6 +21,8 @@ class SamplingParams:
             logits of every token that occurs in the prompt or the output (CTRL, arXiv:1909.05858).
         presence_penalty: -2 to 2. Subtracted from the logit of tokens that occur in the output.
         frequency_penalty: -2 to 2. Subtracted once per occurrence in the output.
+        logit_bias: Token id to a number, -100 to 100, added to its logit; unknown ids change nothing.
+        grammar: What the output must match: every token that it forbids is never chosen.
         temperature: 0 to 1000. Divides the logits; 0 takes the most likely token.
         top_k: Keep the k most likely tokens, 0 = off; 1 takes the most likely token.
         min_p: 0 to 1, 0 = off. Keep tokens at least this likely relative to the most likely one.
@@ -51,6 +54,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: Grammar | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -74,10 +79,13 @@ class SamplingParams:
         if self.logprobs is not None:
             _require_int("logprobs", self.logprobs, least=0, most=MAX_TOP_LOGPROBS)
         _require_int("n", self.n, least=1)
-        for field in ("include_stop", "ignore_eos"):
-            value = getattr(self, field)
+        for name in ("include_stop", "ignore_eos"):
+            value = getattr(self, name)
             if not isinstance(value, bool):
-                raise ConfigError(f"{field}={value!r} is not a bool; give True or False")
+                raise ConfigError(f"{name}={value!r} is not a bool; give True or False")
+        if self.grammar is not None and self.ignore_eos:
+            raise ConfigError("ignore_eos=True lets no grammar end; leave one of them out")
+        _require_biases(self.logit_bias)
         _require_stop_texts(self.stop)
         _require_token_ids(self.stop_token_ids)
 
@@ -92,8 +100,13 @@ class SamplingParams:
         return self.temperature == 0 or self.top_k == 1
 
     @property
+    def adjusts_logits(self) -> bool:
+        """Whether the choice is made from other logits than the model's own."""
+        return self.needs_history or bool(self.logit_bias) or self.grammar is not None
+
+    @property
     def needs_history(self) -> bool:
-        """Whether the choice depends on the tokens before it, not on the logits alone."""
+        """Whether penalties make the choice depend on the tokens before it."""
         return (
             self.repetition_penalty != 1
             or self.presence_penalty != 0
@@ -122,6 +135,14 @@ def _require_number(field: str, value: object, *, least: float, most: float) -> 
     # Asked this way round because NaN compares false with everything.
     if not least <= value <= most:
         raise ConfigError(f"{field}={value} is out of range; give {_allowed(least, most)}")
+
+
+def _require_biases(biases: object) -> None:
+    if not isinstance(biases, Mapping):
+        raise ConfigError(f"logit_bias={biases!r:.80} is no mapping; give {{token id: bias}}")
+    for token_id, bias in biases.items():
+        _require_int("logit_bias", token_id, least=0)
+        _require_number("logit_bias", bias, least=-100.0, most=100.0)
 
 
 def _require_stop_texts(stop: object) -> None:

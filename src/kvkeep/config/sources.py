@@ -29,12 +29,16 @@ __all__ = ["ENVIRONMENT_PREFIX", "LoadedSettings", "Origin", "Source", "load_set
 ENVIRONMENT_PREFIX = "KVKEEP_"
 _TIERS = "tiers"
 _CONFIG = "KVKEEP_CONFIG"
-# Read by parts that run before there are settings, and by our own build and tests.
+# Read by parts that run before there are settings, by our own build and tests, and by the server.
 _READ_ELSEWHERE = (
     "KVKEEP_ISA",
     "KVKEEP_NATIVE_LIBRARY",
     "KVKEEP_TORCH_SPEC",
     "KVKEEP_TEST_PROFILE",
+    # Of the server and its clients: keys are no settings of an engine.
+    "KVKEEP_API_KEYS",
+    "KVKEEP_ADMIN_KEY",
+    "KVKEEP_URL",
 )
 
 

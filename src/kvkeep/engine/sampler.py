@@ -3,20 +3,22 @@
 Shape suffixes:
     B  rows of the batch            V  vocabulary
     R  rows chosen at random        C  best candidates, most likely first
-    L  rows that report logprobs    T  different tokens of one row's history
+    L  rows that report logprobs    T  different tokens of one row's history, or those with a bias
 """
 
 import math
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvkeep.config import SamplingParams
+from kvkeep.config.grammar import TokenMatcher
 from kvkeep.config.sampling import MAX_TOP_LOGPROBS
 from kvkeep.errors import SamplingError
 
@@ -72,6 +74,8 @@ class SampleRow:
     output_ids: Sequence[int]
     noise_seed: bytes
     _prompt_set: frozenset[int] | None = field(default=None, init=False, repr=False)
+    _matcher: TokenMatcher | None = field(default=None, init=False, repr=False)
+    _num_matched: int = field(default=0, init=False, repr=False)
 
     @classmethod
     def start(
@@ -97,6 +101,17 @@ class SampleRow:
         digest = blake2b(self.noise_seed + b":" + position, digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
+    def allowed(self) -> bytes | None:
+        """What the grammar lets come next, as TokenMatcher.allowed; None without a grammar."""
+        if self.params.grammar is None:
+            return None
+        if self._matcher is None:
+            self._matcher = self.params.grammar.matcher()
+        # It follows the output itself, so that a token of a lost step is never taken for one.
+        self._matcher.accept(self.output_ids[self._num_matched :])
+        self._num_matched = len(self.output_ids)
+        return self._matcher.allowed()
+
     def seen_ids(self) -> Iterable[int]:
         """The different tokens of prompt and output."""
         if self._prompt_set is None:
@@ -117,10 +132,10 @@ class Sampler:
     def sample(self, logits_BV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         """Choose one token per row; a row's choice does not depend on the other rows.
 
-        Order of the settings: penalties, temperature, top_k, min_p, top_p, draw. The most likely of
-        equals is the one of lowest id. Tokens equal to the last one kept by top_k or top_p are kept
-        too. Work is done in float32 on the device of the logits, which are not changed; sums of
-        probabilities are float64.
+        Order of the settings: penalties, biases, grammar, temperature, top_k, min_p, top_p, draw. The
+        most likely of equals is the one of lowest id. Tokens equal to the last one kept by top_k or
+        top_p are kept too. Work is done in float32 on the device of the logits, which are not
+        changed; sums of probabilities are float64.
 
         Args:
             logits_BV: The model's logits, any floating-point type; -inf forbids a token.
@@ -132,7 +147,7 @@ class Sampler:
         assert logits_BV.shape[0] == len(rows)
         if not rows:
             return []
-        adjusted_BV = _penalised(logits_BV, rows)
+        adjusted_BV = _adjusted(logits_BV, rows)
         best_B, choice_B = adjusted_BV.max(dim=-1)
         # One transfer to the host carries the check and, for greedy rows, the result.
         choice_B = choice_B.where(best_B.isfinite(), -1)
@@ -230,15 +245,34 @@ def _weights(scaled: Tensor, floor_R: Tensor) -> Tensor:
     return scaled.exp().masked_fill_(scaled < floor_R.unsqueeze(1), 0.0)
 
 
-def _penalised(logits_BV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Return the logits after the penalties: the same tensor where there are none."""
-    if not any(row.params.needs_history for row in rows):
+def _adjusted(logits_BV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Return the logits that choices are made from: the same tensor where no row adjusts them."""
+    if not any(row.params.adjusts_logits for row in rows):
         return logits_BV
     adjusted_BV = logits_BV.to(torch.float32, copy=True)
     for adjusted_V, row in zip(adjusted_BV, rows, strict=True):
         if row.params.needs_history:
             _penalise(adjusted_V, row)
+        if row.params.logit_bias:
+            _add_biases(adjusted_V, row.params.logit_bias)
+        if (allowed := row.allowed()) is not None:
+            _forbid(adjusted_V, allowed)
     return adjusted_BV
+
+
+def _add_biases(logits_V: Tensor, biases: Mapping[int, float]) -> None:
+    known = {token_id: bias for token_id, bias in biases.items() if token_id < len(logits_V)}
+    known_T = torch.tensor(list(known), dtype=torch.long, device=logits_V.device)
+    logits_V[known_T] += torch.tensor(list(known.values()), device=logits_V.device)
+
+
+def _forbid(logits_V: Tensor, allowed: bytes) -> None:
+    """Forbid in place every token without a bit in `allowed`."""
+    bits = np.unpackbits(np.frombuffer(allowed, dtype=np.uint8), bitorder="little")
+    forbidden_V = torch.ones(len(logits_V), dtype=torch.bool)
+    num_known = min(len(bits), len(logits_V))
+    forbidden_V[:num_known] = torch.from_numpy(bits[:num_known] == 0)
+    logits_V.masked_fill_(forbidden_V.to(logits_V.device), -torch.inf)
 
 
 def _penalise(logits_V: Tensor, row: SampleRow) -> None:

@@ -1,0 +1,117 @@
+"""`kvkeep serve`: a model over HTTP."""
+
+import logging
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvkeep.cli.console import Command
+from kvkeep.cli.options import (
+    BUNDLED_MODEL,
+    capacity_options,
+    device_option,
+    dtype_option,
+    format_options,
+    num_threads_for,
+    threads_option,
+)
+from kvkeep.cli.serve_options import server_options, server_settings
+from kvkeep.cli.tier_options import load_given, tier_options, tiers_of
+from kvkeep.config.sources import LoadedSettings
+
+if TYPE_CHECKING:
+    from kvkeep.llm import LLM
+    from kvkeep.tiers import TierSettings
+
+__all__ = ["serve"]
+
+_MOST_FILES = 65_536
+# What tiers, models and logs have open beside the connections.
+_OTHER_FILES = 512
+_SECRET = ".server-secret"  # noqa: S105  the name of a file
+
+
+@click.command(cls=Command)
+@click.argument("model", default=BUNDLED_MODEL)
+@dtype_option
+@device_option
+@threads_option
+@capacity_options
+@format_options
+@tier_options
+@server_options
+def serve(**options: Any) -> None:
+    """Serve MODEL over HTTP: a path, a hub id, or the bundled one.
+
+    It speaks the protocols of OpenAI and Anthropic; docs/http.md describes all routes. The log on stderr has
+    a line for every request, never what was in it. SIGTERM and Ctrl-C stop it in order: no new requests,
+    those that run may finish, and the cache is written to the tiers that keep it.
+    """
+    loaded = load_given(click.get_current_context())
+    tiers = tiers_of(loaded)
+    settings = server_settings(options, secret_file=_secret_file(tiers))
+    _log_to_stderr(settings.log_format)
+    # Not before they are needed: --help and usage errors stay quick.
+    from kvkeep.server.http_server import HttpServer
+    from kvkeep.server.service import Service
+
+    service = Service(_loader(options, loaded, tiers), settings, model_id=options["model"])
+    HttpServer(service, max_connections=_allow_files() - _OTHER_FILES).run()
+    if service.failure is not None:
+        raise service.failure
+
+
+def _loader(
+    options: dict[str, Any], loaded: LoadedSettings, tiers: "Sequence[TierSettings]"
+) -> "Callable[[], LLM]":
+    def load() -> "LLM":
+        import torch
+
+        from kvkeep.llm import LLM
+
+        num_threads = num_threads_for(options["model"], options["threads"])
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)  # of this process, which serves this model alone
+        return LLM(
+            options["model"],
+            dtype=options["dtype"],
+            device=options["device"],
+            settings=loaded.engine,
+            tiers=tiers,
+        )
+
+    return load
+
+
+def _secret_file(tiers: "Sequence[TierSettings]") -> Path:
+    """Beside the blocks that it belongs to, where there is a folder of them."""
+    for tier in tiers:
+        folder = getattr(tier, "folder", None)
+        if isinstance(folder, str | Path):
+            path = Path(folder).expanduser().absolute()
+            return path.with_name(path.name + _SECRET)
+    return Path("~/.cache").expanduser() / f"kvkeep{_SECRET}"
+
+
+def _allow_files() -> int:
+    """Raise the number of open files, of which every connection is one, as far as we may; returns it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
+
+
+def _log_to_stderr(log_format: str) -> None:
+    from kvkeep.server.log_lines import JsonLines, TextLines
+
+    output = logging.StreamHandler(sys.stderr)
+    output.setFormatter(JsonLines() if log_format == "json" else TextLines())
+    root = logging.getLogger()
+    root.addHandler(output)
+    root.setLevel(logging.WARNING)
+    logging.getLogger("kvkeep").setLevel(logging.INFO)

@@ -1,0 +1,113 @@
+"""What a response says of the cache: usage counts, headers, and the object `kv_cache` for those who ask."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from math import isinf
+from typing import Any
+
+from kvkeep.cache import Receipt
+from kvkeep.cache.explain.miss import Miss
+from kvkeep.config import CacheOptions
+from kvkeep.server.token_texts import TokenTexts
+
+__all__ = ["cache_headers", "cache_report", "usage_fields", "written_tokens"]
+
+
+def written_tokens(receipt: Receipt, options: CacheOptions, block_size: int) -> int:
+    """Prompt tokens that were not in the cache and that this request left there: those of full blocks.
+
+    Never more than what was computed.
+    """
+    # The last token of a prompt is computed even where its block was there.
+    if not options.write or receipt.computed_tokens <= 1:
+        return 0
+    num_kept = receipt.prompt_tokens // block_size * block_size
+    return max(0, num_kept - receipt.reused_tokens)
+
+
+def usage_fields(receipts: Sequence[Receipt], num_written: int) -> dict[str, Any]:
+    """The usage of the OpenAI protocol, for one prompt or several; 0 is said as 0, never left out."""
+    prompt = sum(receipt.prompt_tokens for receipt in receipts)
+    output = sum(receipt.output_tokens for receipt in receipts)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(receipt.reused_tokens for receipt in receipts),
+            "cache_write_tokens": num_written,
+        },
+    }
+
+
+def cache_headers(receipts: Sequence[Receipt], block_size: int) -> dict[str, str]:
+    """`x-kv-cache` and `Server-Timing` of a response that is sent when all is done."""
+    reused = sum(receipt.reused_tokens for receipt in receipts)
+    prompt = sum(receipt.prompt_tokens for receipt in receipts)
+    status = _status(receipts, block_size).upper()
+    headers = {"x-kv-cache": f"{status}; tokens={reused}/{prompt}"}
+    firsts = [one.first_token_s for one in receipts if one.first_token_s is not None]
+    total_ms = max(receipt.total_s for receipt in receipts) * 1e3
+    parts = [f"first_token;dur={max(firsts) * 1e3:.1f}"] if firsts else []
+    return headers | {"Server-Timing": ", ".join([*parts, f"total;dur={total_ms:.1f}"])}
+
+
+def cache_report(
+    receipt: Receipt,
+    options: CacheOptions,
+    block_size: int,
+    *,
+    now_s: float,
+    texts: TokenTexts | None = None,
+) -> dict[str, Any]:
+    """The object `kv_cache` of a response to a request with `explain`.
+
+    With `texts` a miss has its snippets as text: of what the same tenant sent before, and sends now. `now_s`
+    is the wall clock, from which `expires_at` counts.
+    """
+    first_ms = None if receipt.first_token_s is None else round(receipt.first_token_s * 1e3, 1)
+    return {
+        "session": options.session,
+        "status": _status([receipt], block_size),
+        "tiers": {name: n for name, n in receipt.tokens_by_source.items() if name != "computed"},
+        "computed_tokens": receipt.computed_tokens,
+        "recomputed_tokens": receipt.recomputed_tokens,
+        "load_failures": receipt.load_failures,
+        "ttft_ms": first_ms,
+        "expires_at": _expires_at(options, now_s),
+        "miss": None if receipt.miss is None else _miss(receipt.miss, texts),
+    }
+
+
+def _status(receipts: Sequence[Receipt], block_size: int) -> str:
+    """hit: all full blocks were there; miss: none was; partial: some."""
+    if not any(receipt.reused_tokens for receipt in receipts):
+        return "miss"
+    is_hit = all(
+        receipt.computed_tokens <= max(1, receipt.prompt_tokens % block_size)
+        for receipt in receipts
+    )
+    return "hit" if is_hit else "partial"
+
+
+def _expires_at(options: CacheOptions, now_s: float) -> str | None:
+    ttl_s = options.ttl_s
+    if ttl_s is None or isinf(ttl_s):
+        return None
+    try:
+        return datetime.fromtimestamp(now_s + ttl_s, UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError):
+        return None  # farther than calendars go
+
+
+def _miss(miss: Miss, texts: TokenTexts | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "type": miss.type.value,
+        "first_divergent_token": miss.first_divergent_token,
+        "message_index": miss.message_index,
+        "missed_tokens": miss.missed_tokens,
+    }
+    if texts is not None and miss.first_divergent_token is not None:
+        for name, ids in (("cached_text", miss.cached_ids), ("sent_text", miss.sent_ids)):
+            fields[name] = b"".join(map(texts.raw, ids)).decode("utf-8", "replace")
+    return fields

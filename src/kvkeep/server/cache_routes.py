@@ -1,0 +1,172 @@
+"""/v1/cache: what is cached, what is known of a prompt, purges, events; and the routes of other servers."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from kvkeep.cache import Selector
+from kvkeep.config.durations import parse_duration
+from kvkeep.llm import LLM
+from kvkeep.planning import DEVICE
+from kvkeep.server import cache_context_routes, cache_entry_routes, cache_session_routes
+from kvkeep.server.cache_orders import purge_to_end
+from kvkeep.server.cache_prompts import GivenPrompt, encode_given, miss_fields
+from kvkeep.server.cache_schemas import LookupRequest, PurgeRequest, VerifyRequest
+from kvkeep.server.cache_scope import AdminScope, AskerScope, Scope
+from kvkeep.server.cache_state import Kept, keeping
+from kvkeep.server.cache_work import cache_fields, known_of, purge_fields
+from kvkeep.server.errors import ApiError
+from kvkeep.server.service import Service, Serving
+from kvkeep.server.sse import EventStream
+
+__all__ = ["routes", "selector_for"]
+
+
+def routes() -> APIRouter:
+    """The routers of the cache, which keep their state in `app.state.cache`."""
+    router = APIRouter(lifespan=keeping, tags=["cache"])
+    _add_questions(router)
+    _add_orders(router)
+    for part in (cache_entry_routes, cache_session_routes, cache_context_routes):
+        router.include_router(part.routes())
+    return router
+
+
+def _add_questions(router: APIRouter) -> None:
+    @router.get("/v1/cache")
+    async def state(service: Serving, scope: AdminScope) -> dict[str, Any]:
+        """Capacity and content of the device and of every tier, hit rate, pins, policy, fingerprint."""
+        return await service.call(cache_fields)
+
+    @router.post("/v1/cache/lookup")
+    async def lookup(
+        asked: LookupRequest, service: Serving, scope: AskerScope, kept: Kept
+    ) -> dict[str, Any]:
+        """What a request with this prompt would find, and why not more. Nothing is computed or changed."""
+        prompt = await encode_given(service, asked)
+        question = known_of(
+            prompt,
+            salt=scope.salt(asked.salt),
+            owner=scope.tenant.tenant_id,
+            session=asked.session,
+        )
+        known = await service.call(question)
+        fields = known.fields()
+        fields["ttft_ms_est"] = kept.times.estimate_ms(fields["missing_tokens"])
+        fields["miss"] = await miss_fields(service, known.miss)
+        return fields
+
+    @router.get("/v1/cache/events", response_class=EventStream, status_code=200)
+    async def events(service: Serving, scope: AdminScope, kept: Kept) -> EventStream:
+        """Server-sent events: hit, miss, stored, evicted, expired, demoted, promoted, purged, and others."""
+        return EventStream(kept.events.stream(keep_alive_s=service.settings.keep_alive_s))
+
+
+def _add_orders(router: APIRouter) -> None:
+    @router.post("/v1/cache/purge")
+    async def purge_blocks(
+        asked: PurgeRequest, service: Serving, scope: AdminScope, kept: Kept
+    ) -> dict[str, Any]:
+        """Forget what the fields mean, everywhere, and say how much that was."""
+        prompt = None if asked.prefix is None else await encode_given(service, asked.prefix)
+        chosen = selector_for(asked, scope, prompt)
+        receipt = await purge_to_end(service, chosen, dry_run=asked.dry_run)
+        kept.events.purged(receipt)
+        return purge_fields(receipt)
+
+    @router.post("/v1/cache/verify")
+    async def verify(
+        service: Serving, scope: AdminScope, asked: VerifyRequest | None = None
+    ) -> dict[str, Any]:
+        """Check every invariant of the bookkeeping, and with `tiers` read all they have. Repairs nothing.
+
+        Decoding waits meanwhile.
+        """
+        tiers = asked is not None and asked.tiers
+        report = await service.call(lambda llm: llm.cache.verify(tiers=tiers))
+        return {
+            "ok": report.ok,
+            "blocks_checked": report.blocks_checked,
+            "problems": list(report.problems),
+        }
+
+    @router.post("/reset_prefix_cache")
+    async def reset_prefix_cache(
+        service: Serving,
+        scope: AdminScope,
+        kept: Kept,
+        *,
+        reset_external: Annotated[bool, Query()] = False,
+    ) -> dict[str, Any]:
+        """As vLLM has it: forget what is on the device, with `reset_external` in the tiers too."""
+        return await _clear(service, scope, kept, tiers=None if reset_external else [DEVICE])
+
+    @router.post("/flush_cache")
+    @router.get("/flush_cache")
+    async def flush_cache(service: Serving, scope: AdminScope, kept: Kept) -> dict[str, Any]:
+        """As SGLang has it: forget everything; blocks of running requests stay theirs alone."""
+        return await _clear(service, scope, kept, tiers=None)
+
+
+async def _clear(
+    service: Service, scope: Scope, kept: Kept, *, tiers: list[str] | None
+) -> dict[str, Any]:
+    chosen = selector_for(PurgeRequest(all=True, tiers=tiers), scope, None)
+    receipt = await purge_to_end(service, chosen, dry_run=False)
+    kept.events.purged(receipt)
+    return purge_fields(receipt)
+
+
+def selector_for(
+    asked: PurgeRequest, scope: Scope, prompt: GivenPrompt | None
+) -> Callable[[LLM], Selector]:
+    """What a purge means. Raises ApiError, or ConfigError, for a request that means nothing."""
+    older_than_s = _age("older_than", asked.older_than)
+    unused_for_s = _age("unused_for", asked.unused_for)
+    choices = [asked.sessions, asked.tags, prompt, asked.older_than, asked.unused_for]
+    is_narrow = any(one not in (None, []) for one in choices)
+    salts = scope.salts(asked.salt)
+    if asked.all and is_narrow:
+        raise ApiError(
+            400, "all=true leaves nothing to choose; give it without other choices", param="all"
+        )
+    # The tenant's own salt is never a choice by itself: that would empty the cache by mistake.
+    if not (asked.all or is_narrow or asked.salt is not None):
+        raise ApiError(
+            400,
+            "the purge names no block; give sessions, tags, salt, prefix or an age, or all=true",
+        )
+
+    def choose(llm: LLM) -> Selector:
+        _check_tiers(llm, asked.tiers)
+        keys = None
+        if prompt is not None:
+            assert asked.prefix is not None
+            keys = llm.cache.keys(prompt.ids, salt=scope.salt(asked.prefix.salt))
+        return Selector(
+            tags=tuple(asked.tags),
+            sessions=tuple(asked.sessions),
+            salts=salts,
+            keys=keys,
+            older_than_s=older_than_s,
+            unused_for_s=unused_for_s,
+            everything=asked.all and not salts,
+            include_pinned=asked.include_pinned,
+            tiers=None if asked.tiers is None else tuple(asked.tiers),
+        )
+
+    return choose
+
+
+def _age(field: str, value: float | str | None) -> float | None:
+    return None if value is None else parse_duration(field, value)
+
+
+def _check_tiers(llm: LLM, tiers: list[str] | None) -> None:
+    known = [DEVICE, *(report.tier.name for report in llm.cache.stats().tiers)]
+    for name in tiers or ():
+        if name not in known:
+            raise ApiError(
+                400, f"tiers has {name!r:.80}; choose from {', '.join(known)}", param="tiers"
+            )

@@ -1,0 +1,187 @@
+"""Answers of the protocols whose streams are typed events: one writer makes the stream and the whole."""
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from kvkeep.cache import Receipt
+from kvkeep.config.grammar import Grammar
+from kvkeep.engine import Piece
+from kvkeep.errors import RequestError
+from kvkeep.server.cache_fields import CacheFields
+from kvkeep.server.cache_report import cache_headers, cache_report
+from kvkeep.server.disconnect import unless_disconnected
+from kvkeep.server.errors import ApiError, api_error
+from kvkeep.server.model_profile import ModelProfile, longest_output
+from kvkeep.server.openai_output import Json, checked, pieces_of
+from kvkeep.server.service import Job, JobStream, Service
+from kvkeep.server.sse import EventStream, event
+from kvkeep.server.structured import AnswerForm
+from kvkeep.server.tool_calls import ToolCall, ToolCallParser
+
+__all__ = [
+    "EventAnswer",
+    "Parts",
+    "Prepared",
+    "compiled",
+    "output_room",
+    "report_of",
+    "send_answer",
+    "template_tools",
+]
+
+_log = logging.getLogger(__name__)
+
+
+class EventAnswer(Protocol):
+    """Makes events of an answer's pieces. What they add up to is `result`, whoever reads them."""
+
+    keep_alive: bytes
+
+    def start(self) -> list[Json]:
+        """What is said before the first piece."""
+        ...
+
+    def take(self, piece: Piece) -> list[Json]:
+        """What a piece adds; the one with the receipt also ends the answer."""
+        ...
+
+    def fail(self, error: ApiError) -> list[Json]:
+        """What is said of an error after the start."""
+        ...
+
+    def result(self) -> Json:
+        """The answer, once it has ended."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A request that is ready to run."""
+
+    job: Job
+    answer: EventAnswer
+    profile: ModelProfile
+    headers: Mapping[str, str]
+
+
+class Parts:
+    """What an answer says, as text and calls of tools. `max_calls=0` takes everything for text."""
+
+    def __init__(self, *, max_calls: int | None) -> None:
+        self._parser = None if max_calls == 0 else ToolCallParser(max_calls=max_calls)
+
+    def take(self, text: str, *, is_last: bool) -> Sequence[str | ToolCall]:
+        """The parts that are certain with this text."""
+        if self._parser is None:
+            return [text] if text else []
+        found = self._parser.feed(text)
+        return [*found, *self._parser.finish()] if is_last else found
+
+
+async def send_answer(
+    request: Request, service: Service, prepared: Prepared, *, is_stream: bool
+) -> Response:
+    """Run the job and answer, at once or as a stream. Raises what the app turns into error responses."""
+    async with AsyncExitStack() as resources:
+        stream = await resources.enter_async_context(service.generate(prepared.job))
+        if is_stream:
+            events = _events(prepared.answer, stream, service.settings.keep_alive_s)
+            return EventStream(events, resources.pop_all(), prepared.headers)
+        receipt = await unless_disconnected(request, _last_receipt(prepared.answer, stream))
+        headers = cache_headers([receipt], prepared.profile.block_size)
+        return Response(
+            msgspec.json.encode(prepared.answer.result()),
+            media_type="application/json",
+            headers={**headers, **prepared.headers},
+        )
+
+
+async def compiled(
+    form: AnswerForm | None, profile: ModelProfile, service: Service
+) -> Grammar | None:
+    """The grammar of an answer that has to be of this form; None for any text."""
+    grammars = profile.grammars
+    if form is None:
+        return None
+    if grammars is None:
+        raise RequestError(f"{form.field} needs a tokenizer, which this model has not")
+    return await service.in_thread(lambda: grammars.compile(form))
+
+
+def template_tools(
+    tools: list[dict[str, Any]] | None, service: Service, *, may_call: bool
+) -> list[dict[str, Any]] | None:
+    """The tools for the template, also when none may be called, so that the prompt stays the same.
+
+    Raises RequestError where the template says nothing of tools and one may be called.
+    """
+    if not tools or service.prompts.takes_tools:
+        return tools
+    if not may_call:
+        return None
+    raise RequestError(
+        "tools cannot be given to this model: its chat template says nothing of them; leave them out"
+    )
+
+
+def output_room(asked: int | None, service: Service, num_prompt: int) -> int:
+    """The most tokens to answer with: as asked, as far as context and memory go.
+
+    A prompt that leaves no room is refused by the engine, which says why.
+    """
+    if asked == 0:
+        return 0
+    room = max(1, longest_output(service.llm.engine, num_prompt))
+    return room if asked is None else min(asked, room)
+
+
+def report_of(
+    receipt: Receipt, job: Job, fields: CacheFields, profile: ModelProfile
+) -> dict[str, Any]:
+    """The object `kv_cache` of an answer to a request with `explain`, else nothing."""
+    if not fields.explain:
+        return {}
+    report = cache_report(
+        receipt, job.options, profile.block_size, now_s=time.time(), texts=profile.token_texts
+    )
+    return {"kv_cache": report}
+
+
+async def _last_receipt(answer: EventAnswer, stream: JobStream) -> Receipt:
+    answer.start()
+    async for piece in stream:
+        answer.take(checked(piece))
+        if piece.receipt is not None:
+            return piece.receipt
+    raise AssertionError("a job ends with a receipt")
+
+
+async def _events(
+    answer: EventAnswer, stream: JobStream, keep_alive_s: float
+) -> AsyncGenerator[bytes, None]:
+    """The events of a stream; an error that comes late is the last one."""
+    yield _encoded(answer.start())
+    try:
+        async for piece in pieces_of(stream, keep_alive_s):
+            if piece is None:
+                yield answer.keep_alive
+            elif events := answer.take(piece):
+                # All events of a piece leave together: one write for the server, one read for the client.
+                yield _encoded(events)
+    except Exception as error:  # noqa: BLE001  the client is told, and the log
+        found = api_error(error)
+        if found.status == 500:
+            _log.error("a stream failed", exc_info=error)
+        yield _encoded(answer.fail(found))
+
+
+def _encoded(events: Sequence[Json]) -> bytes:
+    return b"".join(event(msgspec.json.encode(one), str(one["type"])) for one in events)

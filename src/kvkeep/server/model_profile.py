@@ -1,0 +1,84 @@
+"""What the protocols need to know of the model that is served, found out once."""
+
+from hashlib import sha256
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, Request
+
+from kvkeep.engine import Engine
+from kvkeep.llm import LLM
+from kvkeep.server.sampling_fields import SamplingDefaults
+from kvkeep.server.service import Service
+from kvkeep.server.structured import Grammars
+from kvkeep.server.token_texts import TokenTexts, Vocabulary
+
+__all__ = ["ModelProfile", "Profile", "longest_output", "profile_of"]
+
+
+class ModelProfile:
+    """What is constant as long as a model is served; made beside the engine, of which only shapes are read.
+
+    `fingerprint` changes with the weights, as clients of the OpenAI protocol expect. `token_texts` and
+    `grammars` are None for a model without tokenizer.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        installed = llm.engine.installed
+        self.vocab_size = installed.vocab_size
+        self.block_size = llm.settings.block_size
+        self.max_context = installed.max_context
+        self.defaults = SamplingDefaults.of(llm.model.generation_config)
+        digest = sha256(repr(installed.namespace).encode()).hexdigest()
+        self.fingerprint = f"fp_{digest[:12]}"
+        self.token_texts = None
+        self.grammars = None
+        if llm.tokenizer is not None:
+            self.token_texts = TokenTexts(cast("Vocabulary", llm.tokenizer))
+            self.grammars = Grammars(
+                llm.tokenizer, vocab_size=self.vocab_size, eos_ids=_end_ids(llm)
+            )
+
+
+def longest_output(engine: Engine, num_prompt: int) -> int:
+    """The most tokens that can follow a prompt: the context ends, or the device memory of the cache.
+
+    Reads what never changes while the engine runs, so it may be asked from any thread.
+    """
+    have = engine.cache.num_blocks()
+
+    def fits(num_tokens: int) -> bool:
+        needed = engine.cache.blocks_needed(num_tokens, engine.settings.max_batch_tokens)
+        return all(need <= room for need, room in zip(needed, have, strict=True))
+
+    least, most = num_prompt, engine.installed.max_context
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return max(0, least - num_prompt)
+
+
+def _end_ids(llm: LLM) -> frozenset[int]:
+    """The tokens that end an output, as the engine was given them."""
+    configs: tuple[Any, ...] = (llm.model.generation_config, llm.model.config, llm.tokenizer)
+    for config in configs:
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+async def profile_of(request: Request) -> ModelProfile:
+    """The profile of the model behind a route. Raises ApiError 503 while the model is loading."""
+    state = request.app.state
+    service: Service = state.service
+    llm = service.llm
+    found = getattr(state, "model_profile", None)
+    if found is None:
+        found = await service.in_thread(lambda: ModelProfile(llm))
+        state.model_profile = found
+    assert isinstance(found, ModelProfile)
+    return found
+
+
+# A parameter of routes: the profile.
+Profile = Annotated[ModelProfile, Depends(profile_of)]
