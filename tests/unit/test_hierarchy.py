@@ -307,6 +307,29 @@ def test_without_a_tier_that_takes_it_nothing_leaves(opened: list[CheckedCache])
 
     assert checked.gaps_of(PROMPT) == [(12, 13)]
     assert checked.ledgers[0].num_sealed == 3
+    copies = checked.cache.stats().copies
+    assert copies is not None
+    assert copies.num_failed == 2 * 3  # when the request ended, and when idle
+    assert copies.num_dropped == 0
+
+
+def test_what_is_lost_on_its_way_down_is_counted(opened: list[CheckedCache]) -> None:
+    """More falls than may wait for a tier that hangs: each block is either there in the end, or counted."""
+    slow = FaultyTier(host(400, name="slow"), [Fault("hang", "put", calls=range(1000))])
+    memory = host(2)
+    checked = over(memory, slow, room=4, write_on=frozenset({Occasion.EVICTED}))
+    opened.append(checked)
+    for number in range(60):
+        serve(checked, [number] * 12)
+        checked.cache.poll()
+    slow.release()
+    checked.settle()
+
+    copies = checked.cache.stats().copies
+    assert copies is not None
+    assert copies.num_dropped > 0
+    num_above = checked.ledgers[0].num_sealed + memory.stats().num_objects
+    assert num_above + len(list(slow.objects())) + copies.num_dropped == 60 * 3
 
 
 def test_groups_recover_together_when_one_group_cannot_load(opened: list[CheckedCache]) -> None:

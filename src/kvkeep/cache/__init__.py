@@ -24,6 +24,7 @@ from kvkeep.cache.lookups import Lookup
 from kvkeep.cache.purges import Purge
 from kvkeep.cache.receipts import (
     CacheStats,
+    CopyReport,
     DropReceipt,
     GroupStats,
     Receipt,
@@ -39,6 +40,7 @@ __all__ = [
     "CacheStats",
     "Chooser",
     "Claim",
+    "CopyReport",
     "DropReceipt",
     "GroupStats",
     "Hierarchy",

@@ -327,6 +327,7 @@ class KVCache:
             reused_tokens=self._reused_tokens,
             computed_tokens=self._computed_tokens,
             tiers=() if below is None else below.stats(),
+            copies=None if below is None else below.copies.report,
             planner=None if below is None else below.planner_stats,
         )
 

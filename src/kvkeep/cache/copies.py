@@ -17,6 +17,7 @@ import numpy as np
 
 from kvkeep.blocks import Entry, stored_key
 from kvkeep.cache.base import PayloadStore
+from kvkeep.cache.receipts import CopyReport
 from kvkeep.cache.stored_blocks import put_block
 from kvkeep.spec import BlockId, BlockKey, KVSpec, StoredKey
 from kvkeep.tiers.base import Occasion, Presence, PutOutcome, Tier
@@ -92,6 +93,15 @@ class Copies:
     def num_under_way(self) -> int:
         """Blocks being copied."""
         return len(self._copies)
+
+    @property
+    def report(self) -> CopyReport:
+        """What went down, and what was lost on the way, between tiers too."""
+        return CopyReport(
+            blocks_by_occasion=dict(self.counts.blocks_by_occasion),
+            num_failed=self.counts.num_failed,
+            num_dropped=self.counts.num_dropped + self._stack.num_dropped,
+        )
 
     def has_copy(self, key: StoredKey) -> bool:
         """Whether some tier has the block, as far as is known without asking over a wire."""

@@ -8,6 +8,7 @@ from kvkeep.tiers.base import TierStats
 
 __all__ = [
     "CacheStats",
+    "CopyReport",
     "DropReceipt",
     "GroupStats",
     "Receipt",
@@ -82,7 +83,21 @@ class CacheStats:
     computed_tokens: int
     groups: tuple[GroupStats, ...]
     tiers: tuple["TierReport", ...] = ()
+    copies: "CopyReport | None" = None
     planner: PlannerStats | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CopyReport:
+    """Blocks that went down, by occasion, and those that were lost on the way.
+
+    `num_failed` counts copies that no tier took. `num_dropped` had to go while those before them were still
+    being written: they were forgotten.
+    """
+
+    blocks_by_occasion: dict[str, int]
+    num_failed: int
+    num_dropped: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

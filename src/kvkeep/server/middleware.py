@@ -23,6 +23,8 @@ _MAX_ID_CHARACTERS = 128
 # Who is told to go away may send so much more, so that it gets to hear it; then the connection is closed.
 _MAX_DISCARDED_BYTES = 256 * 2**20
 _MAX_DIGITS = 20
+# Clients of this protocol look for the id under another name.
+_ANTHROPIC = "/v1/messages"
 
 
 class RequestIds:
@@ -44,7 +46,10 @@ class RequestIds:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if scope["path"].startswith(_ANTHROPIC):
+                    headers["request-id"] = request_id
             await send(message)
 
         try:

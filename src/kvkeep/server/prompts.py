@@ -165,6 +165,7 @@ class PromptEncoder:
     def _encode(self, text: str, *, add_special_tokens: bool) -> EncodedText:
         self._need_tokenizer()
         self._refuse_characters(len(text))
+        _refuse_surrogates(text)
         # Several times what fits cannot shrink to it: its beginning tells, without encoding the rest.
         num_characters = self._max_tokens * _CHARACTERS_PER_TOKEN
         while num_characters < len(text):
@@ -189,6 +190,17 @@ class PromptEncoder:
             f"the prompt has {what}, but at most {self._max_tokens} tokens are taken; shorten the prompt",
             code="context_length_exceeded",
         )
+
+
+def _refuse_surrogates(text: str) -> None:
+    """JSON can write half of a character; no tokenizer can read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the prompt has half a character (U+{ord(text[error.start]):04X}) at position {error.start}; "
+            "send valid Unicode"
+        ) from error
 
 
 def _contents(messages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
