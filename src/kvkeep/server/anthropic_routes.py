@@ -1,7 +1,7 @@
 """The Anthropic protocol: POST /v1/messages and /v1/messages/count_tokens."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from secrets import token_hex
 from typing import Any
 
@@ -36,21 +36,19 @@ from kvkeep.server.cache_fields import (
 from kvkeep.server.cache_prompts import outline_of
 from kvkeep.server.cache_report import written_tokens
 from kvkeep.server.errors import ApiError, error_body
-from kvkeep.server.event_answers import (
-    EventAnswer,
-    Parts,
-    Prepared,
-    compiled,
-    output_room,
-    report_of,
-    send_answer,
-    template_tools,
-)
+from kvkeep.server.event_answers import EventAnswer, Parts, Prepared, send_answer
 from kvkeep.server.model_profile import ModelProfile, profile_of
 from kvkeep.server.openai_output import Json
+from kvkeep.server.preparing import (
+    compiled,
+    output_room,
+    prepared_job,
+    report_of,
+    template_tools,
+)
 from kvkeep.server.prompts import EncodedPrompt
 from kvkeep.server.sampling_fields import refuse_unsupported, sampling_params
-from kvkeep.server.service import Job, Service, Serving, request_id_of
+from kvkeep.server.service import Job, Service, Serving
 from kvkeep.server.sse import event
 from kvkeep.server.structured import AnswerForm
 
@@ -179,20 +177,16 @@ async def _prepared(
         vocab_size=profile.vocab_size,
         grammar=await compiled(_form(body), profile, service),
     )
-    job = Job(
-        prompt_ids=prompt.ids,
-        params=params,
-        options=fields.options_for(
-            salt=asker.salt_for(fields.options.salt),
-            message_starts=prompt.message_starts,
-            part_starts=prompt.part_starts,
-        ),
-        tenant=asker,
-        request_id=request_id_of(request),
+    job = prepared_job(
+        request,
+        asker,
+        prompt,
+        params,
+        fields,
         route=_ROUTE,
-        explain=fields.explain or _is_diagnosed(body),
         outline=outline_of(prompt, messages, _tools(body, service), template_options(body)),
     )
+    job = replace(job, explain=job.explain or _is_diagnosed(body))
     call = _Call(body=body, job=job, fields=fields, profile=profile)
     # The protocol's own clients look for the id of the request here.
     headers = {**fields.warnings.headers(), "request-id": job.request_id}

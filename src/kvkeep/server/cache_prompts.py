@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from kvkeep.cache.explain import Miss, Outline
+from kvkeep.cache.explain import Outline
 from kvkeep.server.cache_fields import without_cache_fields
 from kvkeep.server.cache_schemas import PromptFields
 from kvkeep.server.errors import ApiError
 from kvkeep.server.prompts import EncodedPrompt
 from kvkeep.server.service import Service
 
-__all__ = ["GivenPrompt", "encode_given", "miss_fields", "outline_of"]
+__all__ = ["GivenPrompt", "encode_given", "outline_of"]
 
 _DIGEST_BYTES = 16
 
@@ -71,22 +71,6 @@ def outline_of(
         tools=_digest(tools),
         template=_digest(template_options),
     )
-
-
-async def miss_fields(service: Service, miss: Miss | None) -> dict[str, Any] | None:
-    """A miss as JSON, with its snippets as text: only for the tenant whose prompts are compared."""
-    if miss is None:
-        return None
-    fields: dict[str, Any] = {
-        "type": miss.type.value,
-        "first_divergent_token": miss.first_divergent_token,
-        "message_index": miss.message_index,
-        "missed_tokens": miss.missed_tokens,
-    }
-    if miss.first_divergent_token is not None:
-        fields["cached_text"] = await service.decode(miss.cached_ids)
-        fields["sent_text"] = await service.decode(miss.sent_ids)
-    return fields
 
 
 def _digest(value: object) -> bytes:

@@ -10,7 +10,7 @@ from kvkeep.cache.explain.miss import Miss
 from kvkeep.config import CacheOptions
 from kvkeep.server.token_texts import TokenTexts
 
-__all__ = ["cache_headers", "cache_report", "usage_fields", "written_tokens"]
+__all__ = ["cache_headers", "cache_report", "miss_fields", "usage_fields", "written_tokens"]
 
 
 def written_tokens(receipt: Receipt, options: CacheOptions, block_size: int) -> int:
@@ -75,7 +75,7 @@ def cache_report(
         "load_failures": receipt.load_failures,
         "ttft_ms": first_ms,
         "expires_at": _expires_at(options, now_s),
-        "miss": None if receipt.miss is None else _miss(receipt.miss, texts),
+        "miss": miss_fields(receipt.miss, texts),
     }
 
 
@@ -100,7 +100,10 @@ def _expires_at(options: CacheOptions, now_s: float) -> str | None:
         return None  # farther than calendars go
 
 
-def _miss(miss: Miss, texts: TokenTexts | None) -> dict[str, Any]:
+def miss_fields(miss: Miss | None, texts: TokenTexts | None) -> dict[str, Any] | None:
+    """A miss as JSON, its snippets as text: for the tenant whose prompts are compared, and nobody else."""
+    if miss is None:
+        return None
     fields: dict[str, Any] = {
         "type": miss.type.value,
         "first_divergent_token": miss.first_divergent_token,

@@ -11,12 +11,14 @@ from kvkeep.llm import LLM
 from kvkeep.planning import DEVICE
 from kvkeep.server import cache_context_routes, cache_entry_routes, cache_session_routes
 from kvkeep.server.cache_orders import purge_to_end
-from kvkeep.server.cache_prompts import GivenPrompt, encode_given, miss_fields
+from kvkeep.server.cache_prompts import GivenPrompt, encode_given
+from kvkeep.server.cache_report import miss_fields
 from kvkeep.server.cache_schemas import LookupRequest, PurgeRequest, VerifyRequest
 from kvkeep.server.cache_scope import AdminScope, AskerScope, Scope
 from kvkeep.server.cache_state import Kept, keeping
 from kvkeep.server.cache_work import cache_fields, known_of, purge_fields
 from kvkeep.server.errors import ApiError
+from kvkeep.server.model_profile import Profile
 from kvkeep.server.service import Service, Serving
 from kvkeep.server.sse import EventStream
 
@@ -41,7 +43,7 @@ def _add_questions(router: APIRouter) -> None:
 
     @router.post("/v1/cache/lookup")
     async def lookup(
-        asked: LookupRequest, service: Serving, scope: AskerScope, kept: Kept
+        asked: LookupRequest, service: Serving, scope: AskerScope, kept: Kept, profile: Profile
     ) -> dict[str, Any]:
         """What a request with this prompt would find, and why not more. Nothing is computed or changed."""
         prompt = await encode_given(service, asked)
@@ -54,7 +56,7 @@ def _add_questions(router: APIRouter) -> None:
         known = await service.call(question)
         fields = known.fields()
         fields["ttft_ms_est"] = kept.times.estimate_ms(fields["missing_tokens"])
-        fields["miss"] = await miss_fields(service, known.miss)
+        fields["miss"] = miss_fields(known.miss, profile.token_texts)
         return fields
 
     @router.get("/v1/cache/events", response_class=EventStream, status_code=200)

@@ -1,40 +1,31 @@
 """Answers of the protocols whose streams are typed events: one writer makes the stream and the whole."""
 
 import logging
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
 from kvkeep.cache import Receipt
-from kvkeep.config.grammar import Grammar
 from kvkeep.engine import Piece
-from kvkeep.errors import RequestError
-from kvkeep.server.cache_fields import CacheFields
-from kvkeep.server.cache_report import cache_headers, cache_report
+from kvkeep.server.cache_report import cache_headers
 from kvkeep.server.disconnect import unless_disconnected
 from kvkeep.server.errors import ApiError, api_error
-from kvkeep.server.model_profile import ModelProfile, longest_output
+from kvkeep.server.model_profile import ModelProfile
 from kvkeep.server.openai_output import Json, checked, pieces_of
 from kvkeep.server.service import Job, JobStream, Service
 from kvkeep.server.sse import EventStream, event
-from kvkeep.server.structured import AnswerForm
 from kvkeep.server.tool_calls import ToolCall, ToolCallParser
 
 __all__ = [
     "EventAnswer",
     "Parts",
     "Prepared",
-    "compiled",
-    "output_room",
-    "report_of",
     "send_answer",
-    "template_tools",
 ]
 
 _log = logging.getLogger(__name__)
@@ -102,57 +93,6 @@ async def send_answer(
             media_type="application/json",
             headers={**headers, **prepared.headers},
         )
-
-
-async def compiled(
-    form: AnswerForm | None, profile: ModelProfile, service: Service
-) -> Grammar | None:
-    """The grammar of an answer that has to be of this form; None for any text."""
-    grammars = profile.grammars
-    if form is None:
-        return None
-    if grammars is None:
-        raise RequestError(f"{form.field} needs a tokenizer, which this model has not")
-    return await service.in_thread(lambda: grammars.compile(form))
-
-
-def template_tools(
-    tools: list[dict[str, Any]] | None, service: Service, *, may_call: bool
-) -> list[dict[str, Any]] | None:
-    """The tools for the template, also when none may be called, so that the prompt stays the same.
-
-    Raises RequestError where the template says nothing of tools and one may be called.
-    """
-    if not tools or service.prompts.takes_tools:
-        return tools
-    if not may_call:
-        return None
-    raise RequestError(
-        "tools cannot be given to this model: its chat template says nothing of them; leave them out"
-    )
-
-
-def output_room(asked: int | None, service: Service, num_prompt: int) -> int:
-    """The most tokens to answer with: as asked, as far as context and memory go.
-
-    A prompt that leaves no room is refused by the engine, which says why.
-    """
-    if asked == 0:
-        return 0
-    room = max(1, longest_output(service.llm.engine, num_prompt))
-    return room if asked is None else min(asked, room)
-
-
-def report_of(
-    receipt: Receipt, job: Job, fields: CacheFields, profile: ModelProfile
-) -> dict[str, Any]:
-    """The object `kv_cache` of an answer to a request with `explain`, else nothing."""
-    if not fields.explain:
-        return {}
-    report = cache_report(
-        receipt, job.options, profile.block_size, now_s=time.time(), texts=profile.token_texts
-    )
-    return {"kv_cache": report}
 
 
 async def _last_receipt(answer: EventAnswer, stream: JobStream) -> Receipt:

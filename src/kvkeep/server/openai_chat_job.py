@@ -13,14 +13,20 @@ from kvkeep.server.auth import Tenant
 from kvkeep.server.cache_fields import CacheFields, read_cache_fields, without_cache_fields
 from kvkeep.server.cache_prompts import outline_of
 from kvkeep.server.cache_report import usage_fields, written_tokens
-from kvkeep.server.event_answers import compiled, output_room, report_of, template_tools
 from kvkeep.server.jobs import Job
 from kvkeep.server.model_profile import ModelProfile
 from kvkeep.server.openai_chat_output import AnswerStyle
 from kvkeep.server.openai_output import Head, Json
 from kvkeep.server.openai_schemas import ChatMessage, ChatRequest, NamedTool
+from kvkeep.server.preparing import (
+    compiled,
+    output_room,
+    prepared_job,
+    report_of,
+    template_tools,
+)
 from kvkeep.server.sampling_fields import refuse_unsupported, sampling_params
-from kvkeep.server.service import Service, request_id_of
+from kvkeep.server.service import Service
 from kvkeep.server.structured import AnswerForm
 from kvkeep.server.token_texts import TokenTexts
 from kvkeep.server.tool_calls import with_parsed_arguments
@@ -86,19 +92,13 @@ async def prepared_chat(
         logprobs=None if texts is None else body.top_logprobs or 0,
         grammar=grammar,
     )
-    options = fields.options_for(
-        salt=asker.salt_for(fields.options.salt),
-        message_starts=prompt.message_starts,
-        part_starts=prompt.part_starts,
-    )
-    job = Job(
-        prompt_ids=prompt.ids,
-        params=params,
-        options=options,
-        tenant=asker,
-        request_id=request_id_of(request),
+    job = prepared_job(
+        request,
+        asker,
+        prompt,
+        params,
+        fields,
         route=_ROUTE,
-        explain=fields.explain,
         outline=outline_of(prompt, messages, tools, template_options),
     )
     style = AnswerStyle(

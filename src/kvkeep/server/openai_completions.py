@@ -17,15 +17,16 @@ from kvkeep.server.auth import Tenant
 from kvkeep.server.cache_fields import CacheFields, read_cache_fields
 from kvkeep.server.cache_report import cache_headers, usage_fields, written_tokens
 from kvkeep.server.disconnect import unless_disconnected
-from kvkeep.server.event_answers import output_room, report_of
 from kvkeep.server.jobs import Job, JobStream
 from kvkeep.server.model_profile import ModelProfile
 from kvkeep.server.openai_completion_output import CompletionFold, CompletionOutput, TextStyle
 from kvkeep.server.openai_output import Head, Json, RunningCounts, json_event, late_error
 from kvkeep.server.openai_pieces import Arrival, arrivals_of
 from kvkeep.server.openai_schemas import CompletionRequest
+from kvkeep.server.preparing import output_room, prepared_job, report_of
+from kvkeep.server.prompts import EncodedPrompt
 from kvkeep.server.sampling_fields import refuse_unsupported, sampling_params
-from kvkeep.server.service import Service, request_id_of
+from kvkeep.server.service import Service
 from kvkeep.server.sse import DONE, KEEP_ALIVE, EventStream
 
 __all__ = ["answer_completion"]
@@ -108,16 +109,14 @@ async def _prepared(
         logprobs=body.logprobs,
     )
     _refuse_misfits(params, len(prompts), profile)
-    options = fields.options_for(salt=asker.salt_for(fields.options.salt))
     jobs = [
-        Job(
-            prompt_ids=ids,
-            params=replace(params, max_tokens=output_room(params.max_tokens, service, len(ids))),
-            options=options,
-            tenant=asker,
-            request_id=request_id_of(request),
+        prepared_job(
+            request,
+            asker,
+            EncodedPrompt(ids=tuple(ids)),
+            replace(params, max_tokens=output_room(params.max_tokens, service, len(ids))),
+            fields,
             route=_ROUTE,
-            explain=fields.explain,
         )
         for ids in prompts
     ]

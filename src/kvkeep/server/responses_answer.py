@@ -10,9 +10,10 @@ from kvkeep.engine import FinishReason, Piece
 from kvkeep.server.cache_fields import CacheFields
 from kvkeep.server.cache_report import written_tokens
 from kvkeep.server.errors import ApiError
-from kvkeep.server.event_answers import EventAnswer, Parts, report_of
+from kvkeep.server.event_answers import EventAnswer, Parts
 from kvkeep.server.model_profile import ModelProfile
 from kvkeep.server.openai_output import Json, logprob_entry, reported
+from kvkeep.server.preparing import report_of
 from kvkeep.server.responses_stream import ResponseWriter
 from kvkeep.server.service import Job
 from kvkeep.server.sse import KEEP_ALIVE

@@ -14,19 +14,14 @@ from starlette.responses import JSONResponse, Response
 from kvkeep.config import CacheOptions, SamplingParams
 from kvkeep.errors import RequestError
 from kvkeep.server.auth import Asker, Tenant
-from kvkeep.server.cache_fields import CacheFields, read_cache_fields, without_cache_fields
+from kvkeep.server.cache_fields import read_cache_fields, without_cache_fields
 from kvkeep.server.cache_orders import close_session
 from kvkeep.server.cache_prompts import outline_of
 from kvkeep.server.errors import ApiError
-from kvkeep.server.event_answers import (
-    Prepared,
-    compiled,
-    output_room,
-    send_answer,
-    template_tools,
-)
+from kvkeep.server.event_answers import Prepared, send_answer
 from kvkeep.server.model_profile import ModelProfile, profile_of
 from kvkeep.server.openai_output import Json
+from kvkeep.server.preparing import compiled, output_room, prepared_job, template_tools
 from kvkeep.server.prompts import EncodedPrompt
 from kvkeep.server.responses_answer import ResponseAnswer, ResponseStyle
 from kvkeep.server.responses_fields import (
@@ -40,7 +35,7 @@ from kvkeep.server.responses_history import KeptResponse, ResponseHistory
 from kvkeep.server.responses_prompt import chat_tools, input_items, item_messages
 from kvkeep.server.responses_schemas import ResponsesRequest
 from kvkeep.server.sampling_fields import sampling_params
-from kvkeep.server.service import Job, Service, Serving, request_id_of
+from kvkeep.server.service import Job, Service, Serving
 
 __all__ = ["routes"]
 
@@ -121,12 +116,9 @@ async def _prepared(
     prompt = await service.encode_chat(without_cache_fields(messages), tools)
     params = await _params(body, profile, service, prompt)
     is_kept = body.store is not False
-    job = _job(request, asker, prompt, params, fields)
-    job = replace(
-        job,
-        options=thread.options(job.options, is_kept=is_kept),
-        outline=outline_of(prompt, messages, tools, None),
-    )
+    outline = outline_of(prompt, messages, tools, None)
+    job = prepared_job(request, asker, prompt, params, fields, route=_ROUTE, outline=outline)
+    job = replace(job, options=thread.options(job.options, is_kept=is_kept))
     style = ResponseStyle(
         head=_head(body, thread, model, params),
         item_id=thread.response_id.removeprefix("resp_"),
@@ -176,28 +168,6 @@ async def _params(
         vocab_size=profile.vocab_size,
         logprobs=body.top_logprobs or 0 if wants_logprobs else None,
         grammar=await compiled(answer_form(body), profile, service),
-    )
-
-
-def _job(
-    request: Request,
-    asker: Tenant,
-    prompt: EncodedPrompt,
-    params: SamplingParams,
-    fields: CacheFields,
-) -> Job:
-    return Job(
-        prompt_ids=prompt.ids,
-        params=params,
-        options=fields.options_for(
-            salt=asker.salt_for(fields.options.salt),
-            message_starts=prompt.message_starts,
-            part_starts=prompt.part_starts,
-        ),
-        tenant=asker,
-        request_id=request_id_of(request),
-        route=_ROUTE,
-        explain=fields.explain,
     )
 
 
