@@ -122,8 +122,8 @@ def measure(run: Run, settings: Settings) -> None:
             for size, count in zip(settings.sizes, settings.objects, strict=True):
                 keys = _keys(size, count)
                 _check(run, (bare, ours, glide), server, keys, size)
-                _compare(run, settings, server, (ours, bare, "bare loop", 0.8), keys, size)
-                _compare(run, settings, server, (ours, glide, "GLIDE", 1.0), keys, size)
+                _compare(run, settings, server, (ours, bare, "bare loop", 0.8), count, size)
+                _compare(run, settings, server, (ours, glide, "GLIDE", 1.0), count, size)
         finally:
             for side in (bare, ours, glide):
                 side.close()
@@ -160,7 +160,7 @@ def _compare(
     settings: Settings,
     server: RedisServer,
     pair: tuple[_Ours, _BareLoop | _Glide, str, float],
-    keys: list[bytes],
+    count: int,
     size: int,
 ) -> None:
     ours, other, name, least = pair
@@ -171,7 +171,7 @@ def _compare(
         def put(number: int) -> float:
             server.run("FLUSHALL")
             # A tier asks before it sends what it has seen there.
-            fresh = _keys((size, number), len(keys))
+            fresh = _keys((size, number), count)
             start = perf_counter()
             for key in fresh:
                 side.put(key, payload)
@@ -180,7 +180,7 @@ def _compare(
         return put
 
     def got(side: _Ours | _BareLoop | _Glide) -> Callable[[int], None]:
-        own = _keys((size, name, type(side).__name__), len(keys))
+        own = _keys((size, name, type(side).__name__), count)
         for key in own:
             side.put(key, payload)
 
@@ -190,7 +190,7 @@ def _compare(
 
         return get
 
-    mib = size * len(keys) / 2**20
+    mib = size * count / 2**20
     for what, make in (("put", emptied), ("get", got)):
         paired = alternate(
             make(ours), make(other), rounds=settings.rounds, warmups=2, budget_s=run.budget_s

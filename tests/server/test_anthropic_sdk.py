@@ -345,6 +345,9 @@ def test_leaving_a_stream_ends_the_request(server: RunningServer, client: Anthro
     request = asked(body={"ignore_eos": True}) | {"max_tokens": 4000}
     stream = client.messages.create(**request, stream=True)
     next(iter(stream))
+    num_before = server.service.engine.num_open
     stream.close()
-
     wait_until(lambda: server.service.engine.num_open == 0, "the request has ended")
+
+    assert num_before == 1
+    assert client.messages.create(**asked()).usage.output_tokens > 0

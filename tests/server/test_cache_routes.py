@@ -243,7 +243,7 @@ def test_a_session_is_listed_forked_and_closed(client: httpx.Client) -> None:
 )
 def test_what_is_not_there_is_404(client: httpx.Client, method: str, path: str) -> None:
     """No success without effect."""
-    error_of(client.request(method, path), 404)
+    assert error_of(client.request(method, path), 404)["message"]
 
 
 def test_entries_come_in_pages_and_one_can_be_removed(client: httpx.Client) -> None:
@@ -292,7 +292,10 @@ def test_blocks_of_equal_labels_are_one_row(client: httpx.Client) -> None:
 )
 def test_a_list_that_cannot_be_is_refused(client: httpx.Client, query: dict[str, Any]) -> None:
     """Limits and names of parameters are checked."""
-    error_of(client.get("/v1/cache/entries", params=query), 400)
+    error = error_of(client.get("/v1/cache/entries", params=query), 400)
+
+    assert error["type"] == "invalid_request_error"
+    assert next(iter(query)) in error["message"] + str(error["param"])
 
 
 def test_the_routes_of_other_servers_clear_and_say_so(client: httpx.Client) -> None:

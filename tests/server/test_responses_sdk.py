@@ -294,9 +294,12 @@ def test_leaving_a_stream_ends_the_request(server: RunningServer, client: OpenAI
     request = asked(max_output_tokens=4000, extra_body={"ignore_eos": True})
     stream = client.responses.create(**request, stream=True)
     next(iter(stream))
+    num_before = server.service.engine.num_open
     stream.close()
-
     wait_until(lambda: server.service.engine.num_open == 0, "the request has ended")
+
+    assert num_before == 1
+    assert client.responses.create(**asked()).output_text
 
 
 def test_tenants_do_not_find_each_other_s_responses() -> None:

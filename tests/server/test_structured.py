@@ -66,8 +66,9 @@ def test_every_output_follows_streamed_or_not(client: openai.OpenAI) -> None:
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
 
-    for text in [*texts, *(choice.message.content or "" for choice in whole.choices)]:
-        Pet.model_validate_json(text)
+    answers = [*texts, *(choice.message.content or "" for choice in whole.choices)]
+    pets = [Pet.model_validate_json(text) for text in answers]
+    assert len(pets) == 6
 
 
 def test_a_json_object_is_one(client: openai.OpenAI) -> None:

@@ -1,6 +1,6 @@
 """From the options of a command to a loaded model and settings of a request."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,8 +12,9 @@ from kvkeep.config import EngineSettings, SamplingParams
 
 if TYPE_CHECKING:
     from kvkeep.llm import LLM
+    from kvkeep.tiers import TierSettings
 
-__all__ = ["engine_settings", "open_llm", "sampling_params"]
+__all__ = ["engine_settings", "load_llm", "open_llm", "sampling_params"]
 
 
 def engine_settings() -> EngineSettings:
@@ -26,21 +27,28 @@ def open_llm(options: Mapping[str, Any]) -> "LLM":
     settings = load_given(click.get_current_context())
     tiers = tiers_of(settings)
     with working(f"loading torch and {options['model']}"):
-        # Not before they are needed: --help and usage errors stay quick.
-        import torch
+        return load_llm(options, settings.engine, tiers)
 
-        from kvkeep.llm import LLM
 
-        num_threads = num_threads_for(options["model"], options["threads"])
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)  # of this process, which serves this command alone
-        return LLM(
-            options["model"],
-            dtype=options["dtype"],
-            device=options["device"],
-            settings=settings.engine,
-            tiers=tiers,
-        )
+def load_llm(
+    options: Mapping[str, Any], settings: EngineSettings, tiers: "Sequence[TierSettings]"
+) -> "LLM":
+    """The model that `model_options` ask for, without a word; for any thread."""
+    # Not before they are needed: --help and usage errors stay quick.
+    import torch
+
+    from kvkeep.llm import LLM
+
+    num_threads = num_threads_for(options["model"], options["threads"])
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)  # of this process, which serves this model alone
+    return LLM(
+        options["model"],
+        dtype=options["dtype"],
+        device=options["device"],
+        settings=settings,
+        tiers=tiers,
+    )
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:

@@ -3,28 +3,27 @@
 import logging
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvkeep.cli.console import Command
+from kvkeep.cli.loading import load_llm
 from kvkeep.cli.options import (
     BUNDLED_MODEL,
     capacity_options,
     device_option,
     dtype_option,
     format_options,
-    num_threads_for,
     threads_option,
 )
 from kvkeep.cli.serve_options import server_options, server_settings
 from kvkeep.cli.tier_options import load_given, tier_options, tiers_of
-from kvkeep.config.sources import LoadedSettings
 
 if TYPE_CHECKING:
-    from kvkeep.llm import LLM
     from kvkeep.tiers import TierSettings
 
 __all__ = ["serve"]
@@ -59,32 +58,11 @@ def serve(**options: Any) -> None:
     from kvkeep.server.http_server import HttpServer
     from kvkeep.server.service import Service
 
-    service = Service(_loader(options, loaded, tiers), settings, model_id=options["model"])
+    load = partial(load_llm, options, loaded.engine, tiers)
+    service = Service(load, settings, model_id=options["model"])
     HttpServer(service, max_connections=_allow_files() - _OTHER_FILES).run()
     if service.failure is not None:
         raise service.failure
-
-
-def _loader(
-    options: dict[str, Any], loaded: LoadedSettings, tiers: "Sequence[TierSettings]"
-) -> "Callable[[], LLM]":
-    def load() -> "LLM":
-        import torch
-
-        from kvkeep.llm import LLM
-
-        num_threads = num_threads_for(options["model"], options["threads"])
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)  # of this process, which serves this model alone
-        return LLM(
-            options["model"],
-            dtype=options["dtype"],
-            device=options["device"],
-            settings=loaded.engine,
-            tiers=tiers,
-        )
-
-    return load
 
 
 def _secret_file(tiers: "Sequence[TierSettings]") -> Path:
