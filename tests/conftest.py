@@ -19,6 +19,11 @@ import hypothesis
 import numpy as np
 import pytest
 
+from tests.machine_limits import num_usable_bytes, num_usable_cores
+
+# Each loads torch and models of its own.
+_WORKER_BYTES = 2 * 2**30
+
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
 hypothesis.settings.register_profile(
     "ci",
@@ -83,6 +88,11 @@ def _fixed_seeds() -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.manual_seed(0)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker for each core, as far as there is memory for them."""
+    return max(1, min(num_usable_cores(), num_usable_bytes() // _WORKER_BYTES))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
