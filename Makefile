@@ -47,8 +47,9 @@ test: $(DEVELOPMENT) ## run the tests (PYTEST_ARGS="-k name" to choose)
 	sh scripts/install_servers.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto $(PYTEST_ARGS)
 
-faults: $(DEVELOPMENT) ## kill writers of a disk tier 2,000 times (FAULT_ARGS="--kills 500")
+faults: $(DEVELOPMENT) ## kill writers of a disk tier 2,000 times, and purges (FAULT_ARGS="--kills 500")
 	$(BIN)/python -m tests.faults.kill9 $(FAULT_ARGS)
+	$(BIN)/python -m tests.faults.purge_kill9 $(FAULT_ARGS)
 
 test-gpu: $(DEVELOPMENT) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

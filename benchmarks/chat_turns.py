@@ -88,8 +88,8 @@ main = Script(
         system=2048,
         turns=20,
         asked=48,
-        answered=48,
-        compared=(1, 2, 5, 10, 20),
+        answered=32,
+        compared=(2, 10, 20),
         last_at_least=10,
     ),
     quick=Settings(

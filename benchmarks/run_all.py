@@ -40,6 +40,7 @@ NAME_TO_MINUTES = {
     "server_overhead": 6.0,
     "purge_speed": 2.0,
     "trace_policies": 4.0,
+    "context_turns": 2.0,
 }
 FULL_MINUTES = 85.0
 # Scripts that measure a model of a real shape, and so can be asked for another one. The batches of "decode"
@@ -47,6 +48,7 @@ FULL_MINUTES = 85.0
 SHAPED = frozenset(NAME_TO_MINUTES) - {
     "ledger", "linear", "attention", "decode", "format_quality", "memory_waste", "overhead",
     "tier_speed", "disk_startup", "resp_speed", "planner_regret", "planner_real", "trace_policies",
+    "context_turns",
 }  # fmt: skip
 _LEGEND = (
     "Medians, with the 10th to the 90th percentile in brackets, or the extremes where there are fewer than "

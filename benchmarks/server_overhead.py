@@ -5,11 +5,12 @@ Both sides use one engine on one thread: the server's. The clients are another p
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from time import perf_counter
+from time import perf_counter, thread_time
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,17 +21,23 @@ from kvkeep.config import CacheOptions
 from kvkeep.llm import LLM
 from tests.running_server import RunningServer, running_server
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """`streams` requests at once, of `prompt` tokens, answered with `answered`; then one at a time."""
+    """`streams` requests at once, of `prompt` tokens, answered with `answered`; then singles, one at a time.
+
+    Of a single the first token counts; `single_answered` are compared.
+    """
 
     shape: str
     streams: int
     prompt: int
     answered: int
     rounds: int
-    first_tokens: int
+    singles: int
+    single_answered: int
     most_lost: float | None
     most_ms: float | None
 
@@ -42,6 +49,15 @@ class Streamed:
     first_s: float
     total_s: float
     tokens: list[list[int]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compared:
+    """The same requests on both sides; `loop_s` is CPU time of the server's own thread."""
+
+    bare: Streamed
+    served: Streamed
+    loop_s: float
 
 
 def measure(run: Run, settings: Settings) -> None:
@@ -60,64 +76,76 @@ def measure(run: Run, settings: Settings) -> None:
 def _compare(
     run: Run, settings: Settings, server: RunningServer, clients: ProcessPoolExecutor
 ) -> None:
-    _both(run, settings, server, clients, settings.streams, 0)  # warms up
-    lost = [
-        _both(run, settings, server, clients, settings.streams, number)
+    sides = _Sides(run, settings, server, clients)
+    sides.both(settings.streams, settings.single_answered, 0)  # warms up
+    rounds = [
+        sides.both(settings.streams, settings.answered, number)
         for number in range(1, settings.rounds + 1)
     ]
-    ratios = [served.total_s / bare.total_s - 1 for bare, served in lost]
+    lost = [100 * (one.served.total_s / one.bare.total_s - 1) for one in rounds]
+    num_tokens = settings.streams * settings.answered
     what = f"{settings.streams} streams of {settings.prompt} + {settings.answered} tokens"
-    run.add(f"{what}: longer by", [100 * r for r in ratios], "%", at_most=settings.most_lost)
-    run.add(f"{what}: bare engine", [bare.total_s for bare, _ in lost], "s")
-    run.add(f"{what}: server", [served.total_s for _, served in lost], "s")
-    single = [
-        _both(run, settings, server, clients, 1, 1000 + number)
-        for number in range(settings.first_tokens)
+    run.add(f"{what}: longer by", lost, "%", at_most=settings.most_lost)
+    run.add(f"{what}: bare engine", [one.bare.total_s for one in rounds], "s")
+    run.add(f"{what}: server", [one.served.total_s for one in rounds], "s")
+    loop_us = [1e6 * one.loop_s / num_tokens for one in rounds]
+    run.add(f"{what}: CPU of the server's thread for a token", loop_us, "us")
+    singles = [
+        sides.both(1, settings.single_answered, 1000 + number) for number in range(settings.singles)
     ]
-    later_ms = [1000 * (served.first_s - bare.first_s) for bare, served in single]
+    later_ms = [1000 * (one.served.first_s - one.bare.first_s) for one in singles]
     what = f"first token of {settings.prompt} tokens"
     run.add(f"{what}: later by", later_ms, "ms", at_most=settings.most_ms)
-    run.add(f"{what}: bare engine", [bare.first_s for bare, _ in single], "s")
-    num_equal = sum(bare.tokens == served.tokens for bare, served in lost)
+    run.add(f"{what}: bare engine", [one.bare.first_s for one in singles], "s")
+    num_equal = sum(one.bare.tokens == one.served.tokens for one in rounds)
     run.notes.append(
-        f"{num_equal} of {len(lost)} rounds have the same tokens on both sides: in bf16 near-ties may flip "
+        f"{num_equal} of {len(rounds)} rounds have the same tokens on both sides: in bf16 near-ties may flip "
         "with who else is in a step"
     )
     run.check(
         "alone, every stream has the tokens of the bare engine",
-        holds=all(bare.tokens == served.tokens for bare, served in single),
-        found=f"{len(single)} streams",
+        holds=all(one.bare.tokens == one.served.tokens for one in singles),
+        found=f"{len(singles)} streams",
     )
 
 
-def _both(
-    run: Run,
-    settings: Settings,
-    server: RunningServer,
-    clients: ProcessPoolExecutor,
-    count: int,
-    number: int,
-) -> tuple[Streamed, Streamed]:
-    """The same prompts on both sides, who takes turns to go first."""
-    shape = SHAPES[settings.shape]
-    prompts = [
-        random_prompt(shape, settings.prompt, (run.seed, number, row)) for row in range(count)
-    ]
+class _Sides:
+    """The bare engine and the server, which take turns to go first."""
 
-    def bare() -> Streamed:
-        work = server.service.call(lambda llm: _bare(llm, prompts, settings.answered))
+    def __init__(
+        self, run: Run, settings: Settings, server: RunningServer, clients: ProcessPoolExecutor
+    ) -> None:
         loop = server.service.engine._loop
         assert loop is not None
-        return asyncio.run_coroutine_threadsafe(work, loop).result()
+        self._loop = loop
+        self._shape = SHAPES[settings.shape]
+        self._num_prompt = settings.prompt
+        self._seed = run.seed
+        self._server = server
+        self._clients = clients
 
-    def served() -> Streamed:
-        return clients.submit(_served, server.port, prompts, settings.answered).result()
+    def both(self, count: int, num_tokens: int, number: int) -> Compared:
+        """The same `count` prompts on both sides, answered with `num_tokens` each."""
+        prompts = [
+            random_prompt(self._shape, self._num_prompt, (self._seed, number, row))
+            for row in range(count)
+        ]
+        bare = self._bare(prompts, num_tokens) if number % 2 else None
+        before_s = self._on_loop(_thread_time())
+        served = self._clients.submit(_served, self._server.port, prompts, num_tokens).result()
+        loop_s = self._on_loop(_thread_time()) - before_s
+        bare = bare or self._bare(prompts, num_tokens)
+        return Compared(bare=bare, served=served, loop_s=loop_s)
 
-    if number % 2:
-        one = bare()
-        return one, served()
-    other = served()
-    return bare(), other
+    def _bare(self, prompts: Sequence[list[int]], num_tokens: int) -> Streamed:
+        return self._on_loop(self._server.service.call(lambda llm: _bare(llm, prompts, num_tokens)))
+
+    def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+async def _thread_time() -> float:
+    return thread_time()
 
 
 def _bare(llm: LLM, prompts: Sequence[list[int]], num_tokens: int) -> Streamed:
@@ -186,9 +214,10 @@ main = Script(
         shape="qwen3-0.6b",
         streams=32,
         prompt=32,
-        answered=48,
-        rounds=4,
-        first_tokens=15,
+        answered=32,
+        rounds=8,
+        singles=15,
+        single_answered=4,
         most_lost=5,
         most_ms=3,
     ),
@@ -198,7 +227,8 @@ main = Script(
         prompt=8,
         answered=6,
         rounds=2,
-        first_tokens=2,
+        singles=2,
+        single_answered=3,
         most_lost=None,
         most_ms=None,
     ),

@@ -65,7 +65,7 @@ class DictTransport:
 
     def _patch(self, patch: Patch) -> SetResult:
         value = self.values.get(patch.key, b"")
-        if len(value) != patch.length:
+        if len(value) != patch.length or not value.endswith(patch.end):
             return SetResult(PutOutcome.REFUSED)
         end = patch.offset + len(patch.content)
         self.values[patch.key] = value[: patch.offset] + patch.content + value[end:]

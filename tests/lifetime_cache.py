@@ -29,6 +29,7 @@ class LifetimeCache(CheckedCache):
         groups: tuple[GroupSpec, ...] = (),
         room: int = 256,
         before: "LifetimeCache | None" = None,
+        write_on: frozenset[Occasion] = ALL,
         **settings: float,
     ) -> None:
         spec = spec_of(*(groups or (full(),)))
@@ -37,7 +38,7 @@ class LifetimeCache(CheckedCache):
         super().__init__(
             spec,
             [room] * len(spec.block_classes),
-            floors=[Floor(tier, ALL) for tier in tiers],
+            floors=[Floor(tier, write_on) for tier in tiers],
             lifetimes=self.lifetimes,
         )
         if before is not None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 
+from kvkeep.config.server import ServerSettings
 from kvkeep.llm import LLM
 from kvkeep.server.http_server import HttpServer
 from kvkeep.server.service import Service
-from kvkeep.server.settings import ServerSettings
 from tests.servers import free_port, wait_until
 
 __all__ = ["RunningServer", "running_server"]

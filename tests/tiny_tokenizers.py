@@ -123,11 +123,16 @@ def pieces_of(
     prompt_ids: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
     include_stop: bool = False,
+    skip_special_tokens: bool = True,
     cuts: random.Random | None = None,
 ) -> tuple[list[str], IncrementalDetokenizer]:
     """Feed tokens one by one, or in chunks cut by chance, and return all pieces."""
     detokenizer = IncrementalDetokenizer(
-        tokenizer, prompt_ids, stop_strings=stop_strings, include_stop=include_stop
+        tokenizer,
+        prompt_ids,
+        stop_strings=stop_strings,
+        include_stop=include_stop,
+        skip_special_tokens=skip_special_tokens,
     )
     pieces, place = [], 0
     while place < len(token_ids):

@@ -4,6 +4,7 @@
     ├── ConfigError (ValueError)       a setting has a value it cannot have
     ├── RequestError (ValueError)      a request cannot be served as it was asked
     ├── CapacityError                  memory is too small for what must be held at once
+    │   └── PinCapacityError           pins would keep more than they may
     ├── CorruptBlockError              stored bytes are not what they claim to be
     ├── CodecError                     a KV format cannot encode or decode this
     ├── TierError                      a medium below the device failed
@@ -22,6 +23,7 @@ __all__ = [
     "CorruptBlockError",
     "KVKeepError",
     "KernelError",
+    "PinCapacityError",
     "RequestError",
     "SamplingError",
     "TierError",
@@ -43,6 +45,10 @@ class RequestError(KVKeepError, ValueError):
 
 class CapacityError(KVKeepError):
     """Memory is too small for what must be held at once."""
+
+
+class PinCapacityError(CapacityError):
+    """Pins would keep more than they may."""
 
 
 class CorruptBlockError(KVKeepError):

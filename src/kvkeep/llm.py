@@ -13,7 +13,7 @@ from kvkeep.config.tier_tables import parse_tier
 from kvkeep.engine import Choice, Engine, Output, Piece
 from kvkeep.engine.detokenizer import TokenDecoder
 from kvkeep.engine.prompt_cache import PromptCache
-from kvkeep.errors import KVKeepError, RequestError
+from kvkeep.errors import ConfigError, KVKeepError, RequestError
 from kvkeep.hf.install import InstalledModel, install
 from kvkeep.hf.load import load_model
 from kvkeep.spec import RequestId
@@ -171,11 +171,14 @@ class LLM:
     def _add(
         self, prompt_ids: Sequence[int], params: SamplingParams, cache: CacheOptions | None
     ) -> RequestId:
+        options = CacheOptions() if cache is None else cache
+        _check_is("params", params, SamplingParams)
+        _check_is("cache", options, CacheOptions)
         if params.stop_strings and self.tokenizer is None:
             raise RequestError(
                 f"stop={params.stop!r} needs a tokenizer, which the model has not; use stop_token_ids"
             )
-        request_id = self.engine.add(prompt_ids, params, cache or CacheOptions())
+        request_id = self.engine.add(prompt_ids, params, options)
         self._inboxes[request_id] = []
         return request_id
 
@@ -274,13 +277,27 @@ def _as_many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _one_each(
     params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
 ) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
+    if params is None or isinstance(params, SamplingParams | Mapping):
         return [params or SamplingParams()] * num_prompts
     if len(params) != num_prompts:
         raise RequestError(
             f"params has {len(params)} entries for {num_prompts} prompts; give one, or one for each"
         )
     return list(params)
+
+
+def _check_is(field: str, value: object, kind: type) -> None:
+    """Raise ConfigError for what is not of `kind`, with how it is written."""
+    if isinstance(value, kind):
+        return
+    given = (
+        ", ".join(f"{name}={one!r}" for name, one in value.items())
+        if isinstance(value, Mapping)
+        else "..."
+    )
+    raise ConfigError(
+        f"{field}={value!r:.200} is no {kind.__name__}; give {kind.__name__}({given:.200})"
+    )
 
 
 def _output(prompt_ids: Sequence[int], pieces: Sequence[Piece]) -> Output:

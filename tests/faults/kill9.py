@@ -69,20 +69,19 @@ class Counts:
 class Nursery:
     """A process that forks the ones to be killed, since a new interpreter takes longer than a round."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "tests.faults.kill9_child") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.kill9_child"],
+            [sys.executable, "-m", module],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def start(self, scene: Scene, folder: Path, seed: str, log: Path) -> int:
-        """The process id of a new worker."""
+    def start(self, *words: object) -> int:
+        """The process id of a new worker, which is told these words."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        words = [folder, scene.capacity_bytes, scene.num_threads, seed, log]
         self._process.stdin.write("\t".join(map(str, words)) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
@@ -122,7 +121,9 @@ class Campaign:
         for at in range(self.scene.num_processes):
             log = self._logs / f"log-{self._round}-{at}"
             seed = f"{self._seed}:{self._round}:{at}"
-            victims[self._nursery.start(self.scene, self.folder, seed, log)] = log
+            scene = self.scene
+            words = (self.folder, scene.capacity_bytes, scene.num_threads, seed, log)
+            victims[self._nursery.start(*words)] = log
         for pid, log in victims.items():
             sleep(self._chooser.uniform(0, _LONGEST_WORK_S))
             kill(pid)

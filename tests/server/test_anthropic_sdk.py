@@ -18,6 +18,7 @@ SYSTEM = "You answer questions about cats and dogs. " * 12
 QUESTION = "Which of them sleeps more?"
 KEY = "first-secret-key"
 MAX_TOKENS = 24
+BLOCK = 32
 _HOUR = {"type": "ephemeral", "ttl": "1h"}
 _MINUTES = {"type": "ephemeral"}
 
@@ -160,6 +161,25 @@ def test_a_stream_adds_up_to_the_message(client: Anthropic, answer: str) -> None
     assert final.usage.input_tokens == whole.usage.input_tokens
     assert final.usage.cache_read_input_tokens == whole.usage.cache_read_input_tokens
     assert final.usage.output_tokens == whole.usage.output_tokens
+
+
+def test_a_stream_says_at_its_start_what_was_read(client: Anthropic) -> None:
+    """New, then read: its first event has the counts of its end, before anything is said."""
+    system = "Fish are no birds, and birds are no fish. " * 20
+    for is_read in (False, True):
+        with client.messages.stream(**asked(system=system)) as stream:
+            started = next(iter(stream))
+            final = stream.get_final_message().usage
+
+        assert started.type == "message_start"
+        usage = started.message.usage
+        read, written = usage.cache_read_input_tokens, usage.cache_creation_input_tokens
+        assert read is not None
+        assert written is not None
+        assert (read > 4 * BLOCK, written > 4 * BLOCK) == (is_read, not is_read)
+        for count in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"):
+            assert getattr(usage, count) == getattr(final, count)
+        assert usage.output_tokens == 0
 
 
 def test_the_events_of_a_stream_are_in_order(client: Anthropic) -> None:
@@ -329,15 +349,18 @@ def test_an_error_in_a_stream_is_told(strict: RunningServer) -> None:
         list(client.messages.create(**request, stream=True))
 
 
-def test_a_long_silence_is_filled_with_pings(strict: RunningServer) -> None:
-    """Proxies and clients see that the connection lives while a long prompt is computed."""
+def test_a_long_silence_is_filled() -> None:
+    """By comments until the first event, which comes when a long prompt is computed, and then by pings."""
     body = asked(system="A long prompt takes its time. " * 300) | {"stream": True}
     del body["extra_body"]
-    with strict.client(KEY) as client:
+    with running_server(keep_alive_s=0.001) as restless, restless.client() as client:
         events = client.post("/v1/messages", json=body).text
 
-    assert events.startswith("event: message_start\n")
-    assert 'event: ping\ndata: {"type": "ping"}\n\n' in events
+    silence, _, told = events.partition("event: message_start\n")
+    assert silence
+    assert silence.replace(": keep-alive\n\n", "") == ""
+    assert ": keep-alive" not in told
+    assert 'event: ping\ndata: {"type": "ping"}\n\n' in told
 
 
 def test_leaving_a_stream_ends_the_request(server: RunningServer, client: Anthropic) -> None:

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from kvkeep import LLM, __version__
+from kvkeep.config.server import ServerSettings
 from kvkeep.errors import ConfigError
-from kvkeep.server.settings import ServerSettings
 from tests.running_server import RunningServer, running_server
 from tests.servers import wait_until
 
@@ -189,6 +189,7 @@ def test_a_request_that_takes_too_long_is_ended(short: RunningServer) -> None:
         late = completion(client, max_tokens=7000, ignore_eos=True)
         assert late.status_code == 504
         assert late.json()["error"]["code"] == "timeout"
+        assert late.headers["x-should-retry"] == "false"
         assert completion(client, max_tokens=2).status_code == 200
 
     wait_until(lambda: open_leases(short) == 0, "it is ended", timeout_s=5)

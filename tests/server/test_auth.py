@@ -7,11 +7,11 @@ from typing import Any
 import httpx
 import pytest
 
+from kvkeep.config.server import ServerSettings
 from kvkeep.errors import ConfigError
 from kvkeep.server.auth import Gate, Tenant
 from kvkeep.server.errors import ApiError
 from kvkeep.server.server_secret import read_secret
-from kvkeep.server.settings import ServerSettings
 from tests.running_server import RunningServer, running_server
 
 _ALICE = "alice-has-this-key"
@@ -200,6 +200,20 @@ def test_web_pages_may_not_use_a_server_without_keys(server: RunningServer) -> N
 
     assert from_page.status_code == rebound.status_code == 403
     assert own_page.status_code == by_name.status_code == 200
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_images_and_links_of_web_pages_reach_nothing(server: RunningServer, site: str) -> None:
+    """Browsers send no Origin with them, but say that they are of another page."""
+    with server.client() as client:
+        image = client.get("/flush_cache", headers={"sec-fetch-site": site})
+        typed = client.get("/version", headers={"sec-fetch-site": "none"})
+        own = client.get("/version", headers={"sec-fetch-site": "same-origin"})
+        health = client.get("/health", headers={"sec-fetch-site": site})
+
+    assert image.status_code == 403
+    assert "sec-fetch-site" in image.json()["error"]["message"]
+    assert typed.status_code == own.status_code == health.status_code == 200
 
 
 def test_allowed_origins_may_call() -> None:

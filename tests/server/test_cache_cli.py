@@ -107,6 +107,8 @@ def test_show_names_all_fields(url: str) -> None:
 
     assert answer("show", one["id"], "--url", url) == one
     assert f"id: {one['id']}" in invoke("show", one["id"], "--url", url).stdout
+    assert len(answer("show", one["id"], "--text", "--url", url)["content"]["text"]) > 32
+    assert invoke("show", "s", "--session", "--text", "--url", url).exit_code == 2
     assert answer("show", "s", "--session", "--url", url)["id"] == "s"
     missing = invoke("show", "ab" * 32, "--url", url)
     assert missing.exit_code == 1
@@ -224,7 +226,7 @@ def test_rm_forgets_what_is_named(url: str, tmp_path: Path) -> None:
 def test_clear_asks_first(url: str) -> None:
     """It says how much it is; no, or nothing, forgets nothing; yes forgets all."""
     refused = invoke("clear", "--url", url, stdin="n\n")
-    assert refused.exit_code == 130
+    assert refused.exit_code == 1
     assert "would be forgotten. Go on?" in refused.stderr
     assert answer("ls", "--url", url)["data"] != []
 

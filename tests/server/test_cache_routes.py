@@ -312,21 +312,6 @@ def test_the_routes_of_other_servers_clear_and_say_so(client: httpx.Client) -> N
         assert look_up(client, prompt=RULES)["known_tokens"] < 32
 
 
-def test_a_quota_is_set_read_and_lifted(client: httpx.Client) -> None:
-    """In bytes or as people write them."""
-    set_ = client.put("/v1/cache/quotas/acme", json={"limit_bytes": "1MB"}).json()
-    assert set_ == {
-        "object": "cache.quota", "salt": "acme", "limit_bytes": 1_000_000, "used_bytes": 0,
-    }  # fmt: skip
-    assert client.get("/v1/cache/quotas/acme").json() == set_
-    assert [one["salt"] for one in client.get("/v1/cache/quotas").json()["data"]] == ["acme"]
-    error_of(client.put("/v1/cache/quotas/acme", json={"limit_bytes": "much"}), 400)
-
-    assert client.delete("/v1/cache/quotas/acme").json()["deleted"] is True
-
-    error_of(client.get("/v1/cache/quotas/acme"), 404)
-
-
 def test_an_exported_session_is_known_to_another_server(client: httpx.Client) -> None:
     """The file holds the blocks; what is no such file is refused and changes nothing."""
     complete(client, RULES, session="s")

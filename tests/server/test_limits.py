@@ -19,6 +19,7 @@ from tests.servers import wait_until
 
 _KEY = "a-key-for-the-tests"
 _OTHER_KEY = "another-key-for-them"
+_TURN = [{"role": "user", "content": "x"}]
 _LONG = {"prompt": "Again and again. " * 4, "max_tokens": 7000, "ignore_eos": True, "stream": True}
 
 
@@ -247,32 +248,44 @@ def test_seats_are_counted_by_tenant() -> None:
     assert seats.num_taken == 3
 
 
-@pytest.mark.slow
-def test_ten_thousand_idle_connections_do_not_hurt_others() -> None:
-    """Requests are served in time beside them; when they are closed, everything is as before."""
-    num_connections = _as_many_as_files_allow(10_000)
-    with running_server(idle_connection_s=60.0, max_connections=20_000) as server:
-        with ExitStack() as idle:
-            for _ in range(num_connections):
-                idle.enter_context(connect(server))
-            with server.client() as client:
-                for _ in range(20):
-                    assert is_well(server)
-                body = {"prompt": "Once upon a time", "max_tokens": 32, "temperature": 0}
-                assert client.post("/v1/completions", json=body).status_code == 200
-        assert is_well(server)
+def test_an_answer_that_cannot_be_as_long_as_asked_for_says_so() -> None:
+    """In the header for warnings, with both numbers; not where it can."""
+    asked = {
+        "/v1/completions": {"prompt": "x", "max_tokens": 500},
+        "/v1/chat/completions": {"messages": _TURN, "max_completion_tokens": 500},
+        "/v1/responses": {"input": "x", "max_output_tokens": 500},
+        "/v1/messages": {"messages": _TURN, "max_tokens": 500},
+    }
+    with running_server(llm_options={"max_context": 64}) as short, short.client() as client:
+        for path, body in asked.items():
+            answer = client.post(path, json=body)
+            few = {name: 1 if value == 500 else value for name, value in body.items()}
+
+            assert answer.status_code == 200, answer.text
+            assert "tokens, not 500" in answer.headers["x-kv-warnings"]
+            assert "x-kv-warnings" not in client.post(path, json=few).headers
 
 
-def _as_many_as_files_allow(wanted: int) -> int:
-    """Both ends are files of this process."""
-    import resource
+def test_every_output_takes_a_seat() -> None:
+    """A job for more outputs than there are seats is alone; one for more than a tenant's is never served."""
+    one = Tenant(TenantId("one"), None, is_admin=False)
+    open_seats = Seats(max_jobs=3, max_per_tenant=None)
+    open_seats.take(one, 2)
+    with pytest.raises(ApiError, match="max_queued"):
+        open_seats.take(one, 2)
+    open_seats.give_back(one, 2)
+    open_seats.take(one, 5)
+    with pytest.raises(ApiError, match="max_queued"):
+        open_seats.take(one)
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or hard > soft:
-        most = 4 * wanted if hard == resource.RLIM_INFINITY else hard
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, max(soft, 4 * wanted)), hard))
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return min(wanted, (soft - 500) // 2)
+    seats = Seats(max_jobs=9, max_per_tenant=3)
+    seats.take(one, 2)
+    with pytest.raises(ApiError, match="max_requests_per_key=3") as later:
+        seats.take(one, 2)
+    with pytest.raises(ApiError, match="n=4") as never:
+        seats.take(one, 4)
+
+    assert (later.value.status, never.value.status) == (429, 400)
 
 
 def test_slow_readers_do_not_slow_others(server: RunningServer) -> None:

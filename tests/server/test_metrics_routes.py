@@ -26,6 +26,27 @@ from tests.servers import wait_until
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 EMPTY = Snapshot(is_healthy=True, num_running=0, num_waiting=0, cache=None)
 KEY, ADMIN_KEY = "a-key-of-a-client", "the-key-of-the-admin"
+FINISHED = Finished(
+    job=Job(
+        prompt_ids=[1],
+        params=SamplingParams(),
+        options=CacheOptions(),
+        tenant=Tenant(TenantId("local"), None, is_admin=True),
+        request_id="req-1",
+    ),
+    receipt=Receipt(
+        prompt_tokens=100,
+        reused_tokens=0,
+        computed_tokens=100,
+        output_tokens=5,
+        miss=Miss(type=MissType.EVICTED, missed_tokens=64),
+    ),
+    finish_reasons=(FinishReason.STOP,),
+    started_at=1_800_000_000.0,
+    waited_s=0.25,
+    token_gaps_s=(0.5,),
+    total_s=1.5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -145,30 +166,9 @@ def test_sessions_and_pins_are_counted(server: RunningServer) -> None:
 
 def test_misses_are_counted_by_why(server: RunningServer) -> None:
     """Of requests that asked why; without a receipt nothing but the abort is known."""
-    finished = Finished(
-        job=Job(
-            prompt_ids=[1],
-            params=SamplingParams(),
-            options=CacheOptions(),
-            tenant=Tenant(TenantId("local"), None, is_admin=True),
-            request_id="req-1",
-        ),
-        receipt=Receipt(
-            prompt_tokens=100,
-            reused_tokens=0,
-            computed_tokens=100,
-            output_tokens=5,
-            miss=Miss(type=MissType.EVICTED, missed_tokens=64),
-        ),
-        finish_reasons=(FinishReason.STOP,),
-        started_at=1_800_000_000.0,
-        waited_s=0.25,
-        token_gaps_s=(0.5,),
-        total_s=1.5,
-    )
     metrics = Metrics(model="tiny", version="1")
-    count_jobs(server.service, metrics, finished)
-    count_jobs(server.service, metrics, replace(finished, receipt=None, finish_reasons=()))
+    count_jobs(server.service, metrics, FINISHED)
+    count_jobs(server.service, metrics, replace(FINISHED, receipt=None, finish_reasons=()))
     samples = parsed(metrics.render(EMPTY).decode())
 
     assert value(samples, "kvkeep_misses_total", reason="evicted") == 1
@@ -176,6 +176,21 @@ def test_misses_are_counted_by_why(server: RunningServer) -> None:
     assert value(samples, "kvkeep_requests_total", finish_reason="abort") == 1
     assert value(samples, "kvkeep_time_to_first_token_seconds_sum", reuse="miss") == 0.25
     assert value(samples, "kvkeep_inter_token_seconds_sum") == 0.5
+
+
+def test_what_a_request_waited_before_it_came_to_the_engine_is_time_in_the_queue(
+    server: RunningServer,
+) -> None:
+    """A step that is under way when it arrives is no part of computing it."""
+    assert FINISHED.receipt is not None
+    receipt = replace(FINISHED.receipt, queue_s=0.03125, first_token_s=0.125, restore_s=0.0625)
+    metrics = Metrics(model="tiny", version="1")
+    count_jobs(server.service, metrics, replace(FINISHED, receipt=receipt))
+    samples = parsed(metrics.render(EMPTY).decode())
+
+    assert value(samples, "kvkeep_queue_seconds_sum") == 0.15625
+    assert value(samples, "kvkeep_prefill_seconds_sum") == 0.09375
+    assert value(samples, "kvkeep_restore_seconds_sum") == 0.0625
 
 
 def test_a_client_that_leaves_is_an_aborted_request(server: RunningServer) -> None:

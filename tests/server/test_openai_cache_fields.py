@@ -1,5 +1,6 @@
 """What requests say of the cache, under any of its names, becomes CacheOptions, or a warning."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -225,14 +226,24 @@ def test_templates_see_nothing_of_it() -> None:
     assert "kv_cache" in message
 
 
-def _receipt(prompt: int, reused: int, output: int = 3, miss: Miss | None = None) -> Receipt:
+def _receipt(
+    prompt: int,
+    reused: int,
+    output: int = 3,
+    miss: Miss | None = None,
+    expires_at: float | None = None,
+) -> Receipt:
     return Receipt(
         miss=miss,
+        expires_at=expires_at,
         prompt_tokens=prompt,
         reused_tokens=reused,
         computed_tokens=prompt - reused,
         output_tokens=output,
         tokens_by_source={"device": reused, "computed": prompt - reused},
+        queue_s=0.05,
+        restore_s=0.02 if reused else 0.0,
+        saved_s=1.25 if reused else None,
         first_token_s=0.25,
         total_s=0.5,
     )
@@ -279,24 +290,38 @@ def test_the_header_says_how_much_was_there(prompt: int, reused: int, status: st
     headers = cache_headers([_receipt(prompt, reused)], 32)
 
     assert headers["x-kv-cache"] == f"{status}; tokens={reused}/{prompt}"
-    assert headers["Server-Timing"] == "first_token;dur=250.0, total;dur=500.0"
+    restore = "restore;dur=20.0, " if reused else ""
+    times = f"queue;dur=50.0, {restore}prefill;dur=200.0, first_token;dur=250.0, total;dur=500.0"
+    assert headers["Server-Timing"] == times
+
+
+def test_times_of_several_prompts_are_those_of_the_slowest() -> None:
+    """A request of which nobody computed anything has its end only."""
+    aborted = replace(_receipt(5, 0), queue_s=None, first_token_s=None, total_s=0.75)
+    slow = replace(_receipt(5, 0), queue_s=0.2)
+
+    headers = cache_headers([aborted, _receipt(100, 64), slow], 32)
+
+    expected = "queue;dur=200.0, restore;dur=20.0, prefill;dur=200.0, first_token;dur=250.0, "
+    assert headers["Server-Timing"] == expected + "total;dur=750.0"
 
 
 def test_the_report_tells_what_the_receipt_knows() -> None:
     """Tiers, times, and when the blocks expire."""
-    report = cache_report(
-        _receipt(100, 64), CacheOptions(session="s", ttl=60), 32, now_s=1_800_000_000.0
-    )
+    receipt = _receipt(100, 64, expires_at=1_800_000_060.0)
+    report = cache_report(receipt, CacheOptions(session="s"), 32)
 
     assert report["session"] == "s"
     assert report["status"] == "partial"
     assert report["tiers"] == {"device": 64}
     assert report["computed_tokens"] == 36
     assert report["ttft_ms"] == 250.0
+    assert report["queue_ms"] == 50.0
+    assert report["restore_ms"] == 20.0
+    assert report["saved_ms_est"] == 1250.0
     assert report["expires_at"] == "2027-01-15T08:01:00+00:00"
-    assert (
-        cache_report(_receipt(1, 0), CacheOptions(ttl=1e300), 32, now_s=0.0)["expires_at"] is None
-    )
+    beyond_calendars = _receipt(1, 0, expires_at=1e300)
+    assert cache_report(beyond_calendars, CacheOptions(), 32)["expires_at"] is None
 
 
 def test_a_miss_is_told_with_both_texts_where_texts_may_be_told() -> None:
@@ -314,8 +339,8 @@ def test_a_miss_is_told_with_both_texts_where_texts_may_be_told() -> None:
     receipt = _receipt(100, 0, miss=miss)
     texts = TokenTexts(cast("Vocabulary", tokenizer))
 
-    told = cache_report(receipt, CacheOptions(), 32, now_s=0.0, texts=texts)["miss"]
-    bare = cache_report(receipt, CacheOptions(), 32, now_s=0.0)["miss"]
+    told = cache_report(receipt, CacheOptions(), 32, texts=texts)["miss"]
+    bare = cache_report(receipt, CacheOptions(), 32)["miss"]
 
     expected = {
         "type": "system_changed",

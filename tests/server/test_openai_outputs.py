@@ -6,9 +6,10 @@ import pytest
 
 from kvkeep.engine import FinishReason, Piece
 from kvkeep.engine.sampler import Sampled, TokenLogprob
+from kvkeep.server.call_syntax import HermesSyntax
 from kvkeep.server.errors import ApiError
 from kvkeep.server.openai_chat_output import AnswerStyle, ChatOutput, MessageFold
-from kvkeep.server.openai_output import checked
+from kvkeep.server.openai_output import failure_of
 from kvkeep.server.token_texts import TokenTexts
 from kvkeep.spec import RequestId
 
@@ -94,7 +95,7 @@ def test_a_call_names_itself_as_the_reason_only_where_it_ended_the_answer(
     """An answer that was cut off behind a call was cut off."""
     call = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
 
-    choices = _told(AnswerStyle(has_calls=True), _piece(1, call), _piece(0, "", reason))
+    choices = _told(AnswerStyle(syntax=HermesSyntax()), _piece(1, call), _piece(0, "", reason))
 
     assert choices[-1]["finish_reason"] == expected
 
@@ -110,7 +111,7 @@ def test_a_piece_without_anything_to_say_says_nothing() -> None:
 )
 def test_an_output_that_was_given_up_is_an_error(reason: FinishReason, status: int) -> None:
     """A failed or stopped engine is never taken for the end of an answer."""
-    with pytest.raises(ApiError) as caught:
-        checked(_piece(1, "", reason))
+    found = failure_of(_piece(1, "", reason))
 
-    assert caught.value.status == status
+    assert isinstance(found, ApiError)
+    assert found.status == status

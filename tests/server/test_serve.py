@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import httpx
@@ -107,15 +109,29 @@ def test_a_signal_lets_requests_finish(tmp_path: Path, number: signal.Signals) -
 
 
 def test_requests_that_take_too_long_are_ended_when_it_stops(tmp_path: Path) -> None:
-    """`--drain` is the most that a stop takes."""
-    body = {"prompt": _PROMPT, "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    """`--drain` is the most that a stop takes. Clients are told: as an event, or by the status 503."""
+    body = {"prompt": _PROMPT, "max_tokens": 8000, "ignore_eos": True}
     with (
-        serve(tmp_path, "--drain", "1s", "--tier", "host:16MB") as served,
+        ThreadPoolExecutor(1) as pool,
+        serve(tmp_path, "--drain", "1s", "--status", "100ms", "--tier", "host:16MB") as served,
         served.client() as client,
-        client.stream("POST", "/v1/completions", json=body) as stream,
+        served.client() as other,
+        client.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream,
     ):
-        next(stream.iter_lines())
+        lines = stream.iter_lines()
+        next(lines)
+        whole = pool.submit(other.post, "/v1/completions", json=body)
+        wait_until(lambda: "running 2" in served.log.read_text(), "both run")
         assert served.stop() == 0
+        rest = [line for line in lines if line]
+        log = served.log.read_text()
+
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
+    assert whole.result().status_code == 503
+    assert "stopping: 2 requests have up to 1 s" in log
+    assert log.rstrip().endswith("stopped")
+    assert "Traceback" not in log
 
 
 def test_the_cache_and_its_tenants_outlive_a_restart(tmp_path: Path) -> None:
@@ -168,6 +184,8 @@ def test_the_log_has_a_line_for_every_request_and_no_prompt(tmp_path: Path) -> N
         (["--max-body", "lots"], {}, 2, "max_body_bytes='lots'"),
         (["--drain", "never"], {}, 2, "drain_s"),
         (["--tier", "disk"], {}, 2, "disk"),
+        ([], {"KVKEEP_DRAIN_S": "never"}, 2, "drain_s='never' has no end"),
+        ([], {"KVKEEP_LOG_FORMAT": "xml"}, 2, "(from KVKEEP_LOG_FORMAT)"),
         (["no/such/model/here"], {}, 2, "no/such/model/here"),
         ([], {"KVKEEP_API_KEYS": "short"}, 2, "characters"),
     ],
@@ -180,6 +198,52 @@ def test_what_cannot_be_is_said_in_one_line(
 
     assert found == code, line
     assert message in str(line)
+
+
+def test_a_settings_file_has_all_there_is_to_say(tmp_path: Path) -> None:
+    """Keys, limits, tiers, and prompts that are computed at the start; flags overrule it."""
+    (tmp_path / "prompt.txt").write_text(_PROMPT)
+    file = tmp_path / "kvkeep.toml"
+    file.write_text(
+        f"""
+        [server]
+        api_keys = ["{_KEY}"]
+        max_body_bytes = "1KB"
+        request_timeout_s = "1m"
+        [[tiers]]
+        kind = "disk"
+        folder = "{tmp_path}/blocks"
+        capacity = "100MB"
+        [[warm]]
+        file = "prompt.txt"
+        ttl = "1h"
+        """
+    )
+    with serve(tmp_path, "--config", str(file), "--max-body", "2KB") as served:
+        assert httpx.get(f"{served.url}/v1/models").status_code == 401
+        wait_until(lambda: "1 of 1 warm" in served.log.read_text(), "it is computed")
+        with served.client(_KEY) as client:
+            found = completion(client)
+            assert client.post("/tokenize", json={"prompt": "a" * 1500}).status_code == 200
+            assert client.post("/tokenize", json={"prompt": "a" * 2500}).status_code == 413
+    assert found["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
+
+
+def test_contexts_that_were_answered_outlive_kill_9(tmp_path: Path) -> None:
+    """Killed at any time, the next process lists every context that a client was told of."""
+    arguments = ("--tier", f"disk:{tmp_path}/blocks:100MB")
+    told: list[str] = []
+    for number in range(3):
+        with serve(tmp_path, *arguments) as served, served.client() as client:
+            listed = client.get("/v1/cache/contexts").json()["data"]
+            assert {one["name"] for one in listed} >= set(told)
+            Timer(0.3 + 0.2 * number, served.process.kill).start()
+            with suppress(httpx.TransportError):
+                for at in range(10_000):
+                    body = {"name": f"{number}-{at}", "prompt": f"{number} {at} {_PROMPT}"}
+                    assert client.post("/v1/cache/contexts", json=body).status_code == 201
+                    told.append(f"{number}-{at}")
+    assert len(told) > 3
 
 
 def test_keys_can_come_from_a_file(tmp_path: Path) -> None:

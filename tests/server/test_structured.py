@@ -100,6 +100,7 @@ def test_the_token_that_ends_an_answer_is_not_reported(client: openai.OpenAI) ->
     ("response_format", "word"),
     [
         (_format({"type": "wizard"}), "response_format cannot be followed"),
+        (_format({"$ref": "#"}), "response_format cannot be followed"),
         ({"type": "json_schema"}, "json_schema is missing"),
         ({"type": "xml"}, "response_format.type"),
     ],

@@ -254,6 +254,7 @@ def test_a_token_that_is_not_allowed_leaves_nothing_to_say(
     [
         {"type": "wizard"},
         {"$ref": "#/$defs/missing"},
+        {"allOf": [{"$ref": "#"}]},
         {"type": "object", "properties": 5},
         {"type": "string", "pattern": "("},
     ],

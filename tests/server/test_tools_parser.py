@@ -8,14 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvkeep.errors import RequestError
+from kvkeep.server.call_syntax import CallSyntax, HermesSyntax
 from kvkeep.server.tool_calls import ToolCall, ToolCallParser, with_parsed_arguments
 
 _CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 _OTHER = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
 
 
-def _parsed(pieces: list[str], max_calls: int | None = None) -> list[str | ToolCall]:
-    parser = ToolCallParser(max_calls=max_calls)
+def _parsed(
+    pieces: list[str], max_calls: int | None = None, syntax: CallSyntax | None = None
+) -> list[str | ToolCall]:
+    parser = ToolCallParser(syntax or HermesSyntax(), max_calls=max_calls)
     found = [part for piece in pieces for part in parser.feed(piece)]
     return found + parser.finish()
 
@@ -47,7 +50,7 @@ def test_text_and_calls_come_out_in_order() -> None:
 
 def test_text_leaves_as_soon_as_no_call_can_begin_in_it() -> None:
     """A stream is not held back: only blanks and what may be the begin of a mark wait."""
-    parser = ToolCallParser()
+    parser = ToolCallParser(HermesSyntax())
 
     assert parser.feed("Hello ") == ["Hello"]
     assert parser.feed("world <to") == [" world"]

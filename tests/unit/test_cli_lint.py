@@ -93,6 +93,23 @@ def test_what_is_no_request_is_a_usage_error(content: str) -> None:
     assert "Error: " in result.stderr
 
 
+@pytest.mark.parametrize("content", ["{}", '{"messages": []}', '{"model": "tiny", "message": "a"}'])
+def test_a_request_without_prompt_is_a_usage_error(content: str) -> None:
+    """It is not called sound; what is missing is named."""
+    result = invoke("cache", "lint", "-", stdin=content)
+
+    assert result.exit_code == 2
+    assert "has no prompt; a request needs messages, prompt, input" in result.stderr
+
+
+def test_a_short_system_text_with_a_date_is_exit_code_1(tmp_path: Path) -> None:
+    """It breaks reuse as a long one does."""
+    result = invoke("cache", "lint", request_file(tmp_path, "one.json", "Today is 2026-11-22."))
+
+    assert result.exit_code == 1
+    assert "a date: '2026-11-22'" in result.stdout
+
+
 def test_a_model_without_tokenizer_is_a_usage_error(tmp_path: Path) -> None:
     """The option is named."""
     file = request_file(tmp_path, "one.json", RULES)

@@ -40,17 +40,17 @@ def longest_byte_run(tokenizer: CountingTokenizer, token_ids: Sequence[int]) -> 
 
 
 @both_tokenizers
-@given(chance=st.data())
-def test_pieces_add_up_to_the_text(name: str, chance: st.DataObject) -> None:
-    """Any tokens, broken bytes included, give what decoding them at once gives."""
+@given(chance=st.data(), skips=st.booleans())
+def test_pieces_add_up_to_the_text(name: str, chance: st.DataObject, skips: bool) -> None:
+    """Any tokens, broken bytes included, give what decoding at once gives, with special tokens or without."""
     tokenizer = TOKENIZERS[name]()
     token_ids = chance.draw(token_sequences(tokenizer))
-    expected = tokenizer.decode(token_ids)
+    expected = tokenizer.decode(token_ids, skip_special_tokens=skips)
     # The documented exception: a long run of bytes is not undone by a later byte.
     undone = name == "byte_fallback" and longest_byte_run(tokenizer, token_ids) >= 16
     assume(not (undone and REPLACEMENT in expected))
 
-    pieces, detokenizer = pieces_of(tokenizer, token_ids)
+    pieces, detokenizer = pieces_of(tokenizer, token_ids, skip_special_tokens=skips)
 
     assert "".join(pieces) == expected
     assert detokenizer.text == expected

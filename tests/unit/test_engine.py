@@ -139,6 +139,48 @@ def test_ignore_eos_goes_on_to_the_length(truth: OracleRun) -> None:
     assert tokens_of(stopped, RequestId(1)) == list(truth.token_ids[:at])
 
 
+@pytest.mark.parametrize("kind", ["eos", "stop_token"])
+def test_no_end_token_comes_before_the_least_number_of_tokens(kind: str, truth: OracleRun) -> None:
+    """Another token is chosen in its place; the first token that may end the output does."""
+    second = truth.token_ids[1]
+    engine = make_engine([second] if kind == "eos" else [])
+    stop_ids = [second] if kind == "stop_token" else []
+
+    outputs = {
+        least: tokens_of(
+            complete(engine, PROMPT, greedily(min_tokens=least, stop_token_ids=stop_ids)),
+            RequestId(at),
+        )
+        for at, least in enumerate((0, 1, 2, 8))
+    }
+
+    assert outputs[0] == outputs[1] == list(truth.token_ids[:2])
+    assert outputs[2][0] == truth.token_ids[0]
+    assert outputs[2][1] != second
+    assert second not in outputs[8]
+    assert len(outputs[8]) == 8
+
+
+def test_a_stop_string_ends_nothing_before_the_least_number_of_tokens(truth: OracleRun) -> None:
+    """It is text until then; one that is complete with the last token of them ends the output."""
+    text = text_of(truth.token_ids)
+    stop = text[2:4]
+    engine = make_engine()
+
+    def made(least: int) -> str:
+        pieces = complete(engine, PROMPT, greedily(stop=stop, min_tokens=least))
+        return "".join(piece.text for piece in pieces)
+
+    without = {least: made(least) for least in range(9)}
+
+    first = next(length for length in range(1, 9) if stop in text_of(truth.token_ids[:length]))
+    assert text.count(stop) == 1
+    assert {least for least, found in without.items() if found == text[: text.index(stop)]} == set(
+        range(first + 1)
+    )
+    assert {without[least] for least in range(first + 1, 9)} == {text}
+
+
 @pytest.mark.parametrize("includes", [False, True])
 def test_a_stop_string_ends_the_text_before_or_behind_it(includes: bool, truth: OracleRun) -> None:
     """The string may span tokens; `include_stop` says whether it is in the text."""
@@ -253,6 +295,19 @@ def test_forks_hold_the_blocks_of_the_prompt_together() -> None:
     num_full = len(LONG) // BLOCK_SIZE
     assert engine.cache.stats().groups[0].in_use == num_full + 4
     drain(engine)
+
+
+def test_a_request_for_many_outputs_leaves_a_seat_to_others() -> None:
+    """Who comes while they run gets a token with the next step, not when they have ended."""
+    engine = make_engine(max_requests=4)
+    add(engine, PROMPT, SamplingParams(n=8, max_tokens=20, seed=1))
+    engine.step()
+    assert engine.num_running == 3
+
+    other = add(engine, OTHER, SamplingParams(max_tokens=1))
+
+    assert other in {piece.request_id for piece in engine.step()}
+    assert {piece.choice for piece in drain(engine)} == set(range(8))
 
 
 # --- repeatable ----------------------------------------------------------------------------------

@@ -86,6 +86,26 @@ def test_a_date_without_a_word_for_now_is_only_doubtful() -> None:
     assert found.severity is Severity.MAY_BREAK
 
 
+def test_little_behind_a_date_is_found_all_the_same() -> None:
+    """Less than a block is no hit in any case; what a conversation adds would be one."""
+    found = only(chat("You help. Today is 2026-11-22.", "Hello?"))
+    long = only(chat(f"You help. Today is 2026-11-22. {RULES}", "Hello?"))
+
+    assert found.what == "a date: '2026-11-22'"
+    assert found.severity is Severity.BREAKS
+    assert found.tokens_behind < 32
+    assert "less than a block (32 tokens by default), and a hit needs a whole one" in found.why
+    assert "less than a block" not in long.why
+
+
+def test_two_short_requests_tell_what_differs() -> None:
+    """However few tokens it is now."""
+    found = only(chat("Likes tea.", "a?"), earlier=chat("Likes rum.", "a?"))
+
+    assert found.where == "messages[0].content, character 6"
+    assert "less than a block" in found.why
+
+
 def test_what_is_at_the_end_costs_nothing() -> None:
     """The newest message may hold any time or id: nothing stands behind it."""
     request = chat(RULES, "Hello?", "Hi!", "It is 2026-11-22 14:19. request id 5f2c9a7b3d1e4f60.")

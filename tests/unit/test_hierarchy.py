@@ -117,6 +117,7 @@ def test_a_load_that_hangs_is_given_up_and_harms_nobody_when_it_comes(
     assert checked.finish(again)
     again.release()
     checked.assert_idle()
+    assert lease.restore_s == 1000.0
 
 
 def test_other_requests_run_while_one_waits_for_its_blocks(opened: list[CheckedCache]) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from kvkeep.cache import PinId
+from kvkeep.cache.quotas import Share
 from kvkeep.config import CacheOptions, TagSpan
 from kvkeep.errors import CapacityError, RequestError
 from kvkeep.spec import GroupSpec
@@ -248,13 +249,13 @@ def test_a_quota_forgets_what_was_unused_for_longest(clock: Clock) -> None:
     """Of one tenant, the ends of chains first, when a request has ended."""
     checked = LifetimeCache(clock)
     block_bytes = checked.spec.groups[0].block_bytes(4)
-    checked.admin.set_quota(checked.root("x"), 5 * block_bytes)
+    checked.admin.set_quota(Share(checked.root("x")), 5 * block_bytes)
     checked.serve(PROMPT, CacheOptions())
     for number in range(2):
         clock.now_s += 1
         checked.serve([number] * 12, CacheOptions(salt="x"))
 
-    assert checked.admin.used_bytes(checked.root("x")) <= 5 * block_bytes
+    assert checked.admin.used_bytes(Share(checked.root("x"))) <= 5 * block_bytes
     assert checked.known([0] * 12, "x") == [True, False, False]
     assert all(checked.known([1] * 12, "x"))
     assert all(checked.known(PROMPT))

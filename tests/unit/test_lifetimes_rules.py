@@ -77,7 +77,7 @@ def test_a_block_is_dead_exactly_at_its_time(lifetimes: Lifetimes, clock: Clock)
 
     assert register.dead(tokens.keys, 1009.999) == frozenset()
     assert register.dead(tokens.keys, 1010.0) == set(tokens.keys)
-    assert sorted(register.due(1010.0)) == sorted(tokens.keys)
+    assert due(lifetimes, 1010.0) == set(tokens.keys)
 
     clock.now_s = 1010.0
     claim = lifetimes.open(CacheOptions(), tokens)
@@ -158,12 +158,30 @@ def test_a_new_version_outdates_blocks_and_requests_of_its_tenant(lifetimes: Lif
 
     newest = lifetimes.open(CacheOptions(tags=["f@3"]), chain(1, 6))
 
-    outdated = lifetimes.outdated(newest)
-    assert {"f@1", "f@2"} <= outdated
-    lifetimes.purged(Query(tags=outdated, namespaces=frozenset({root()})))
+    query = lifetimes.outdating(newest)
+    assert query is not None
+    found = match(query, lifetimes.register, 1000.0)
+    assert found.keys == set(chain(1).keys)
+    lifetimes.void(query)
     assert not running.publishes
     assert newest.publishes
-    assert lifetimes.outdated(lifetimes.open(CacheOptions(tags=["f"]), chain(1))) == frozenset()
+    assert lifetimes.outdating(lifetimes.open(CacheOptions(tags=["f"]), chain(1))) is None
+
+
+def test_a_version_is_new_once(lifetimes: Lifetimes) -> None:
+    """To each tenant; two versions at once outdate all but the two, in whatever order they are given."""
+
+    def outdating(*tags: str, salt: str = "") -> frozenset[str]:
+        claim = lifetimes.open(CacheOptions(tags=list(tags)), chain(1, salt=salt))
+        query = lifetimes.outdating(claim)
+        return frozenset() if query is None else query.versions
+
+    assert outdating("f@1", "g@1", "h") == {"f@1", "g@1"}
+    assert outdating("f@1") == frozenset()
+    assert outdating("f@1", salt="x") == {"f@1"}
+    assert outdating("f@1", "f@2") == {"f@1", "f@2"}
+    assert outdating("f@2", "f@1", "g@1") == frozenset()
+    assert outdating("f@2") == {"f@2"}
 
 
 def test_a_block_does_not_collect_tags_without_end(lifetimes: Lifetimes) -> None:
@@ -190,11 +208,16 @@ def test_a_block_is_kept_until_its_last_pin_has_ended(lifetimes: Lifetimes, cloc
     assert lifetimes.register.dead(tokens.keys, clock.now_s) == frozenset()
 
     lifetimes.unpin(PinId("p"))
-    assert lifetimes.register.due(clock.now_s) == []
+    assert due(lifetimes, clock.now_s) == set()
     lifetimes.unpin(PinId("q"))
 
-    assert lifetimes.register.due(clock.now_s) == tokens.keys
+    assert due(lifetimes, clock.now_s) == set(tokens.keys)
     assert lifetimes.pins == {}
+
+
+def due(lifetimes: Lifetimes, now_s: float) -> set[BlockKey]:
+    """All that has expired."""
+    return {key for _, keys in lifetimes.register.due(now_s) for key in keys}
 
 
 # --- selectors ---------------------------------------------------------------------------------------
@@ -283,8 +306,8 @@ def test_what_was_purged_is_not_used_where_a_tier_still_has_it(
 ) -> None:
     """A tier that failed to delete gives it later: older than the purge it is refused, newer it is not."""
     key, other = chain(1, 1).keys[0], chain(1, 2).keys[0]
-    lifetimes.purged(Query(tags=frozenset({"t"})))
-    lifetimes.purged(Query(keys=frozenset({other})))
+    for query in (Query(tags=frozenset({"t"})), Query(keys=frozenset({other}))):
+        lifetimes.purged.end(lifetimes.purged.begin(query, clock.now_s))
     tagged = {"tags": frozenset({"t"}), "is_shared": True}
     clock.now_s = 1100.0
 

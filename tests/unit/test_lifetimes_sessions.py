@@ -1,5 +1,7 @@
 """Sessions as bookkeeping: what goes with them, what they turn away from."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from kvkeep.blocks import TokenChain
@@ -96,7 +98,7 @@ def test_a_claim_voided_by_a_purge_still_gives_its_session_back(clock: Clock) ->
     """Or its session would never end."""
     lifetimes = made(clock, session_ttl_s=10.0)
     claim = lifetimes.open(CacheOptions(session="a", tags=["t"]), chain(1))
-    assert lifetimes.purged(Query(tags=frozenset({"t"}))) == 1
+    assert lifetimes.void(Query(tags=frozenset({"t"}))) == 1
     lifetimes.close(claim, chain(1))
     assert lifetimes.sessions.due(1010.0) == [SessionId(root(), "a")]
 
@@ -178,9 +180,51 @@ def test_a_turn_is_measured_on_the_shorter_chain() -> None:
     """Just below the share it is a turn, at the share it is none; with nothing to compare neither."""
     last = branch(1, 2, 3, 4).keys
     assert common_blocks(last, branch(1, 2, 9).keys) == 2
-    assert is_turn(last, branch(1, 9, 9).keys, 0.5)
-    assert not is_turn(last, branch(1, 2, 9, 9).keys, 0.5)
-    assert not is_turn(last, (), 0.5)
-    assert not is_turn((), last, 0.5)
+    assert turns(last, branch(1, 9, 9).keys)
+    assert not turns(last, branch(1, 2, 9, 9).keys)
+    assert not turns(last, ())
+    assert not turns((), last)
     for number in range(5):
         assert common_blocks(last, branch(*[1, 2, 3, 4][:number], 9, 9).keys) == number
+
+
+def test_what_others_use_too_says_nothing_of_a_turn() -> None:
+    """Behind a long system prompt a new subject is a turn, and a prompt that is no longer than it is none."""
+    last = branch(1, 2, 3, 4, 5).keys
+    assert not turns(last, branch(1, 2, 3, 9, 9).keys)
+    assert turns(last, branch(1, 2, 3, 9, 9).keys, shared=last[:3])
+    assert not turns(last, branch(1, 2, 3, 4, 9).keys, shared=last[:3])
+    assert not turns(last, branch(1, 2, 3).keys, shared=last[:3])
+    assert turns(last, branch(9, 2, 3, 4).keys, shared=last[:3])
+    assert not turns(last, branch(8, 8, 8, 8, 8, 8).keys, shared=last)
+
+
+def turns(
+    last: Sequence[BlockKey], new: Sequence[BlockKey], *, shared: Sequence[BlockKey] = ()
+) -> bool:
+    """Whether it is a turn when half is to be kept."""
+    return is_turn(last, new, 0.5, is_shared=set(shared).__contains__)
+
+
+def test_a_system_prompt_that_others_use_hides_no_turn(lifetimes: Lifetimes) -> None:
+    """As long as a session is alone, all it has counts as its own."""
+
+    def contexts(session: str, *subjects: int) -> list[str | None]:
+        chains = [branch(1, 2, 3, subject) for subject in subjects]
+        return [serve(lifetimes, one, session=session, context="auto").context for one in chains]
+
+    assert contexts("alone", 4, 5) == ["auto:1", "auto:1"]
+    assert contexts("beside", 6, 6, 7) == ["auto:1", "auto:1", "auto:2"]
+
+
+@pytest.mark.parametrize("options", [{"write": False}, {"ttl": 0}])
+def test_a_request_that_leaves_nothing_turns_nothing(
+    lifetimes: Lifetimes, options: dict[str, object]
+) -> None:
+    """Such as one for a title, in the middle of a conversation: what that uses stays where it is."""
+    talk = branch(1, 2, 3)
+    begun(lifetimes, talk, session="a", context="auto")
+
+    assert begun(lifetimes, branch(1, 7, 8, 9), session="a", context="auto", **options) == []
+    assert serve(lifetimes, talk, session="a", context="auto").context == "auto:1"
+    assert begun(lifetimes, branch(1, 7, 8, 9), session="a", context="auto") == talk.keys[1:]

@@ -233,6 +233,8 @@ def test_a_purge_that_a_crash_interrupted_is_finished_at_the_start(
     assert not any(checked.known([1] * 12))
     assert all(checked.known([2] * 12))
     assert all(checked.known([3] * 12))
+    checked.cache.poll()
+    checked.settle()
     assert PurgeJournal(tmp_path).unfinished() == []
 
 

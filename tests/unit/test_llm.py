@@ -294,3 +294,15 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
     assert missing in str(caught.value)
     assert "'tiny' for the bundled one" in str(caught.value)
+
+
+def test_options_in_a_dict_are_refused_with_how_they_are_written() -> None:
+    """A dict is what servers take; here it is named, with the class that is meant."""
+    with LLM("tiny", capacity="16MB") as llm:
+        with pytest.raises(ConfigError, match=r"give CacheOptions\(session='a'\)"):
+            llm.generate("Hello", cache={"session": "a"})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"give SamplingParams\(max_tokens=3\)"):
+            llm.generate("Hello", {"max_tokens": 3})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"cache='a' is no CacheOptions"):
+            llm.stream("Hello", cache="a")  # type: ignore[arg-type]
+        assert len(llm.generate("Hello", SamplingParams(max_tokens=1))) == 1

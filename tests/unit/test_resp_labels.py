@@ -87,7 +87,8 @@ def test_labels_that_others_replace_meanwhile_are_tried_again(
         other.delete([key_of(2)])
 
     transport.before_patch = interfere
-    done = tier.relabel_many({key_of(1): b"one", key_of(2): b"two", key_of(3): b"three"})
+    wanted = {key_of(1): b"one", key_of(2): b"two", key_of(3): b"three"}
+    done = tier.revise_labels(list(wanted), lambda key, _old: wanted[key])
 
     assert done == [True, False, False]
     assert tier.labels(key_of(1)) == b"one"
@@ -101,6 +102,6 @@ def test_many_labels_take_two_round_trips(tier: RespTier, transport: DictTranspo
         store_object(tier, key, 1)
     transport.calls.clear()
 
-    assert all(tier.relabel_many(dict.fromkeys(keys, b"tag")))
+    assert all(tier.revise_labels(keys, lambda _key, _old: b"tag"))
 
     assert transport.calls == ["ends 1000", "patch 1000", "ends 500", "patch 500"]

@@ -64,6 +64,9 @@ def test_defaults_are_plain_sampling() -> None:
         ("stop_token_ids", [1.0]),
         ("include_stop", 1),
         ("ignore_eos", "yes"),
+        ("skip_special_tokens", 0),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
         ("logprobs", -1),
         ("logprobs", 21),
         ("logprobs", True),
@@ -84,6 +87,7 @@ def test_a_wrong_value_is_refused_with_field_value_and_remedy(field: str, value:
     ("field", "value"),
     [
         ("max_tokens", 0),
+        ("min_tokens", 16),
         ("temperature", 0),
         ("temperature", 1e-30),
         ("temperature", 1000),

@@ -256,7 +256,7 @@ def test_an_erased_tenants_labels_are_gone() -> None:
         store_object(tier, key_of(number), SIZE, b"old")
 
     keyring.erase("ann")
-    done = tier.relabel_many({key_of(number): b"new" for number in range(4)})
+    done = tier.revise_labels([key_of(number) for number in range(4)], lambda _key, _old: b"new")
 
     assert done == [False, True, False, True]
     assert [item.key for item in tier.labelled()] == [key_of(1), key_of(3)]

@@ -55,64 +55,21 @@ def test_a_put_brings_its_labels_to_every_tier() -> None:
 
 
 def test_what_falls_keeps_its_labels() -> None:
-    """Those that it had last, at once or when its job runs."""
+    """Those that it had last, at once or when its job runs; who asked is told where it landed."""
     for is_deferred in (False, True):
         stack, jobs = stack_of_two(), Jobs()
+        landed: list[tuple[object, ...]] = []
+        stack.on_landed = lambda *what, landed=landed: landed.append(what)
         if is_deferred:
             stack.defer = jobs.defer
         put(stack, 1, b"first")
-        stack.relabel({key_of(1): b"second"})
+        stack.tiers[0].relabel(key_of(1), b"second")
         put(stack, 2)
         jobs.run()
 
         assert stack.tiers[1].labels(key_of(1)) == b"second"
         assert read_object(stack.tiers[1], key_of(1), PAGE) == content_of(key_of(1), PAGE)
-
-
-def test_labels_reach_what_is_falling() -> None:
-    """Replaced between the eviction above and the arrival below, they are there when it lands."""
-    stack, jobs = stack_of_two(), Jobs()
-    stack.defer = jobs.defer
-    put(stack, 1, b"first")
-    put(stack, 2)
-
-    assert stack.relabel({key_of(1): b"second", key_of(2): b"other"}) == {0: 1, 1: 0}
-    jobs.run()
-
-    assert stack.tiers[1].labels(key_of(1)) == b"second"
-    assert stack.tiers[0].labels(key_of(2)) == b"other"
-
-
-def test_labels_that_come_while_it_lands_are_not_lost() -> None:
-    """The object is written with the old ones, and then gets the new ones."""
-    stack, jobs = stack_of_two(), Jobs()
-    stack.defer = jobs.defer
-    put(stack, 1, b"first")
-    put(stack, 2)
-    below = stack.tiers[1]
-    inner = below.put
-
-    def put_slowly(*arguments: object) -> PutOutcome:
-        outcome = inner(*arguments)  # type: ignore[arg-type]
-        stack._spilling[key_of(1)].labels = b"second"
-        return outcome
-
-    below.put = put_slowly  # type: ignore[method-assign, assignment]
-    jobs.run()
-
-    assert below.labels(key_of(1)) == b"second"
-
-
-def test_a_stack_counts_what_it_relabelled() -> None:
-    """In each tier those that it has; elsewhere nothing comes into being."""
-    stack = stack_of_two()
-    for number in range(4):
-        put(stack, number, b"old")
-
-    assert stack.relabel({key_of(number): b"new" for number in range(6)}) == {0: 1, 1: 3}
-
-    assert stack.find([key_of(5)]) == {}
-    assert stack.tiers[1].labels(key_of(0)) == b"new"
+        assert landed == [(key_of(1), b"second", {1: PutOutcome.STORED})]
 
 
 def test_relabelling_is_metered() -> None:
@@ -121,7 +78,7 @@ def test_relabelling_is_metered() -> None:
     store_object(tier, key_of(1), 100)
 
     tier.relabel(key_of(1), b"tag")
-    tier.relabel_many({key_of(1): b"other", key_of(2): b"none"})
+    tier.revise_labels([key_of(1), key_of(2)], lambda _key, old: old + b" other")
 
     meter = tier.meter.operations[Operation.RELABEL]
     assert (meter.num_calls, meter.outcomes) == (2, {"done": 2, "absent": 1})
@@ -133,7 +90,7 @@ def test_relabelling_can_fail_on_purpose() -> None:
     for number in range(3):
         store_object(tier, key_of(number), 100, b"old")
 
-    done = tier.relabel_many({key_of(number): b"new" for number in range(3)})
+    done = tier.revise_labels([key_of(number) for number in range(3)], lambda _key, _old: b"new")
 
     assert done == [True, False, True]
     assert [item.labels for item in tier.labelled()] == [b"new", b"old", b"new"]

@@ -118,3 +118,17 @@ def test_a_stop_string_that_completes_at_the_end_is_cut_off() -> None:
 
     assert "".join(pieces) == ""
     assert detokenizer.stopped_by == "a" + REPLACEMENT
+
+
+@both_tokenizers
+def test_a_stop_string_that_may_not_stop_is_text(name: str) -> None:
+    """Nothing of it is lost, and the next one, which may begin before, ends the text."""
+    tokenizer = TOKENIZERS[name]()
+    detokenizer = IncrementalDetokenizer(tokenizer, stop_strings=["dog"])
+    token_ids = tokenizer.encode("the dog the dog")
+
+    pieces = [detokenizer.append([one], may_stop=False) for one in token_ids[:-1]]
+    pieces.append(detokenizer.append(token_ids[-1:]))
+
+    assert "".join(pieces) == "the dog the "
+    assert detokenizer.stopped_by == "dog"

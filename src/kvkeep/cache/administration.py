@@ -8,7 +8,7 @@ from kvkeep.cache.hierarchy import Hierarchy
 from kvkeep.cache.lease import Lease
 from kvkeep.cache.lifetimes import (
     BlockReport,
-    Gone,
+    Listener,
     PinId,
     PinReport,
     PurgeReceipt,
@@ -20,10 +20,12 @@ from kvkeep.cache.lifetimes import (
 from kvkeep.cache.listing import list_blocks
 from kvkeep.cache.places import Places
 from kvkeep.cache.purges import Purges
+from kvkeep.cache.quotas import Share
 from kvkeep.cache.receipts import DropReceipt, VerifyReport
 from kvkeep.cache.upkeep import Upkeep
 from kvkeep.cache.verify import find_problems
-from kvkeep.errors import CapacityError, RequestError
+from kvkeep.errors import PinCapacityError, RequestError
+from kvkeep.planning import DEVICE
 from kvkeep.spec import BlockKey
 
 __all__ = ["Administration"]
@@ -46,18 +48,18 @@ class Administration:
         self._lifetimes = upkeep.lifetimes
         self._below = below
         self._leases = leases
-        self.purges = Purges(places, upkeep, below, leases)
+        self.purges = Purges(upkeep, below, leases)
 
-    def tell_gone(self, told: Gone | None) -> None:
-        """Have somebody told of blocks that are not known any more, and why."""
-        self._lifetimes.on_gone = told
+    def tell(self, listener: Listener | None) -> None:
+        """Have somebody told of blocks that are not known any more, and of who is to be forgotten."""
+        self._lifetimes.listener = listener
 
     # --- forgetting ------------------------------------------------------------------------------
 
     def drop(self, chain: TokenChain, blocks: Iterable[int]) -> DropReceipt:
         """Forget the given full blocks of `chain`, by number, in every group and every tier."""
         keys = [chain.keys[block] for block in sorted(set(blocks))]
-        forgotten = self._upkeep.forget(keys, "invalidated", places=("device",))
+        forgotten = self._upkeep.forgetting.at_once(keys, "invalidated", (DEVICE,))
         self._forget_labels(keys)
         stored = {}
         if self._below is not None:
@@ -81,7 +83,7 @@ class Administration:
             for ledger in self._ledgers
             for block in ledger.sealed_blocks()
         }
-        forgotten = self._upkeep.forget(keys, "invalidated", places=("device",))
+        forgotten = self._upkeep.forgetting.at_once(keys, "invalidated", (DEVICE,))
         receipt = DropReceipt(
             num_blocks=forgotten.num_places,
             num_bytes=forgotten.num_device_bytes,
@@ -98,12 +100,24 @@ class Administration:
 
     def close_session(self, session_id: SessionId) -> PurgeReceipt:
         """End a session: blocks that only it uses are forgotten everywhere, its requests publish nothing."""
+        self.purges.wait_until_restored()
         return self.purges.close_session(session_id).wait()
 
     def fork_session(self, parent: SessionId, child: SessionId) -> None:
         """Begin `child` as a user of all that `parent` uses. Raises RequestError without such a parent."""
         self.session(parent)
         self._upkeep.apply(self._lifetimes.fork_session(parent, child))
+
+    def change_session(self, session_id: SessionId, ttl_s: float) -> SessionReport:
+        """Let a session end so long after its last use, of which this is one.
+
+        Only this process knows of it. Raises RequestError where there is no session of that name.
+        """
+        self.session(session_id)
+        session = self._lifetimes.sessions.get(session_id)
+        assert session is not None
+        self._lifetimes.sessions.set_ttl(session, ttl_s, self._lifetimes.clock())
+        return self.session(session_id)
 
     def sessions(self) -> list[SessionReport]:
         """All sessions, the longest unused first."""
@@ -137,24 +151,30 @@ class Administration:
 
     # --- pins ------------------------------------------------------------------------------------
 
-    def check_pin_room(self, keys: Iterable[BlockKey]) -> None:
-        """Raise CapacityError where pinning these would keep more than pins may."""
+    def check_pin_room(self, namespace: BlockKey, keys: Collection[BlockKey]) -> None:
+        """Raise PinCapacityError where pinning these would keep more than pins may.
+
+        Of the device, of a tier, or of what the tenant's quotas let it have at all.
+        """
         register = self._lifetimes.register
         pinned: set[BlockKey] = set()
         for pin in self._lifetimes.pins:
             for _, own in register.pinned(pin):
                 pinned |= set(own)
+        self._upkeep.quotas.check_pins(namespace, keys)
         num_wanted, most = len(pinned.union(keys)), self._upkeep.holds.most_blocks
         if num_wanted > most:
-            raise CapacityError(
+            raise PinCapacityError(
                 f"pins would keep {num_wanted} blocks, and may keep {most} (pin_share="
                 f"{self._lifetimes.settings.pin_share:g} of the device); unpin something, or raise pin_share"
             )
+        if self._below is not None:
+            self._below.holds.check_room(pinned.union(keys))
 
     def pin(self, pin: PinId, chain: TokenChain) -> PinReport:
         """Keep the known full blocks of a chain until `unpin`.
 
-        Raises CapacityError where pins would keep more than they may, RequestError where nothing is known.
+        Raises PinCapacityError where pins would keep more than they may, RequestError where nothing is known.
         """
         self.purges.wait_until_restored()
         dead = self._lifetimes.register.dead(chain.keys, self._lifetimes.clock())
@@ -163,7 +183,7 @@ class Administration:
             raise RequestError(
                 f"pin={pin!r} means {len(chain)} tokens, of which no block is cached; warm first"
             )
-        self.check_pin_room(known)
+        self.check_pin_room(chain.root, known)
         unlabelled = [key for key in known if self._lifetimes.register.get(key) is None]
         for key in unlabelled:
             self._upkeep.apply(self._lifetimes.enter(key, chain.root))
@@ -180,7 +200,7 @@ class Administration:
         self._upkeep.apply(changes)
         orphans = [key for change in changes if change.new.is_orphaned for key in change.keys]
         if orphans:
-            self._upkeep.forget(orphans, "invalidated")
+            self._upkeep.forgetting.begin_keys(orphans, "invalidated")
         return report
 
     def pins(self) -> list[PinReport]:
@@ -190,14 +210,17 @@ class Administration:
 
     # --- quotas and lists ------------------------------------------------------------------------
 
-    def set_quota(self, namespace: BlockKey, limit_bytes: int | None) -> None:
-        """Limit what a tenant's blocks take, each counted once; None for no limit."""
-        self._upkeep.quotas.set(namespace, limit_bytes)
-        self._upkeep.keep_quota(namespace)
+    def set_quota(self, share: Share, limit_bytes: int | None) -> None:
+        """Limit what a tenant's blocks take; None for no limit.
 
-    def used_bytes(self, namespace: BlockKey) -> int:
-        """What a tenant's blocks take, each counted once."""
-        return self._upkeep.quotas.used_bytes(namespace)
+        Raises RequestError for a place that cannot be limited.
+        """
+        self._upkeep.quotas.set(share, limit_bytes)
+        self._upkeep.keep_quotas(share.namespace)
+
+    def used_bytes(self, share: Share) -> int:
+        """What a tenant's blocks take."""
+        return self._upkeep.quotas.used_bytes(share)
 
     def blocks(
         self, query: Query, *, limit: int = 100, after: BlockKey | None = None
@@ -231,7 +254,7 @@ class Administration:
         problems += [f"labels: {one}" for one in register.check()]
         for ledger in self._ledgers:
             keys = [ledger.entry_of(block).key for block in ledger.sealed_blocks()]
-            if any(key not in register and not register.is_doomed(key) for key in keys):
+            if any(key not in register for key in keys):
                 problems.append(f"group {ledger.spec.name}: a sealed block has no labels")
         num_checked = sum(ledger.pool.num_blocks for ledger in self._ledgers)
         for report in below.audit() if below is not None and tiers else []:
@@ -241,8 +264,13 @@ class Administration:
 
     def _pin_report(self, pin: PinId, namespace: BlockKey) -> PinReport:
         keys = [key for _, own in self._lifetimes.register.pinned(pin) for key in own]
-        held = sum(map(self._upkeep.holds.is_held, keys))
-        return PinReport(name=pin, namespace=namespace, num_blocks=len(keys), num_on_device=held)
+        return PinReport(
+            name=pin,
+            namespace=namespace,
+            num_blocks=len(keys),
+            num_on_device=sum(map(self._upkeep.holds.is_held, keys)),
+            stored={} if self._below is None else self._below.holds.num_held(keys),
+        )
 
     def _forget_labels(self, keys: Collection[BlockKey]) -> None:
         self._lifetimes.register.forget(keys)

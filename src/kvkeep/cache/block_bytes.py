@@ -83,7 +83,7 @@ class BlockBytes:
         """Enter a block where there is room without evicting: on the device, else in a tier."""
         ledger = self._ledgers[group]
         if self._upkeep.is_dead(entry.key):
-            self._upkeep.forget((entry.key,), "expired")
+            self._upkeep.forgetting.at_once((entry.key,), "expired")
         if ledger.get(entry.key) is not None:
             return InsertOutcome.PRESENT
         is_first = entry.parent == entry.namespace
@@ -126,8 +126,10 @@ class BlockBytes:
         labels = self._upkeep.enter(entry)
         outcomes = put_block(
             below.stack, self._spec, group, entry, payload, layout, Occasion.IDLE, labels
-        ).values()
-        if PutOutcome.STORED in outcomes:
-            below.relabels.note(entry.key, labels)
+        )
+        if below.copies.on_copied is not None:
+            below.copies.on_copied(entry.key, outcomes, labels)
+        if PutOutcome.STORED in outcomes.values():
             return InsertOutcome.ADDED
-        return InsertOutcome.PRESENT if PutOutcome.PRESENT in outcomes else InsertOutcome.NO_ROOM
+        is_there = PutOutcome.PRESENT in outcomes.values()
+        return InsertOutcome.PRESENT if is_there else InsertOutcome.NO_ROOM

@@ -15,7 +15,7 @@ from kvkeep.cache.block_bytes import BlockBytes
 from kvkeep.cache.counting import blocks_needed, count_blocks
 from kvkeep.cache.hierarchy import Hierarchy
 from kvkeep.cache.lease import BlockTable, Lease
-from kvkeep.cache.lifetimes import Claim, Lifetimes, Query
+from kvkeep.cache.lifetimes import Claim, Lifetimes
 from kvkeep.cache.lookup import RequestPlan, plan_request, without_loads
 from kvkeep.cache.lookups import Lookup
 from kvkeep.cache.places import Places
@@ -289,23 +289,18 @@ class KVCache:
     def open_claim(self, options: CacheOptions, chain: TokenChain) -> Claim:
         """What a request puts on its blocks; it is to be closed. Replaced versions of its tags are purged.
 
-        Raises CapacityError where it pins more than may be pinned.
+        Raises PinCapacityError where it pins more than may be pinned.
         """
-        if options.pin and chain.keys:
-            self.administration.check_pin_room(chain.keys)
+        if options.pin and options.publishes and chain.keys:
+            self.administration.check_pin_room(chain.root, chain.keys)
         claim = self.lifetimes.open(options, chain)
-        if options.pin and chain.keys:
-            self.lifetimes.pin_all(claim, chain)
-        outdated = self.lifetimes.outdated(claim)
-        if outdated:
-            query = Query(tags=outdated, namespaces=frozenset((chain.root,)))
-            self.administration.purges.begin(query, search=False)
+        self.administration.purges.outdate(claim)
         return claim
 
     def close_claim(self, claim: Claim, chain: TokenChain | None = None) -> None:
         """The request has ended, with these tokens in all."""
         self.lifetimes.close(claim, chain)
-        self._upkeep.keep_quota(claim.namespace)
+        self._upkeep.keep_quotas(claim.namespace)
 
     def drop(self, chain: TokenChain, blocks: Iterable[int]) -> DropReceipt:
         """Forget the given full blocks of `chain`, by number, in every group and every tier."""

@@ -73,6 +73,11 @@ class Chooser:
         return Calibration(compute=self._compute.cost, loads=loads)
 
     @property
+    def compute(self) -> ComputeFit:
+        """What computing costs; it is to be told of every step."""
+        return self._compute
+
+    @property
     def stats(self) -> PlannerStats:
         """Decisions, and how they turned out."""
         return self._record.stats
@@ -119,10 +124,6 @@ class Chooser:
             computed -= self._probe(stored, loads, split.compute_s)
         self._record.decide(split)
         return Decision(split, self._clock(), frozenset(computed))
-
-    def observe_step(self, spans: Sequence[Span], seconds: float) -> None:
-        """A step has computed these spans, of one request or of many."""
-        self._compute.observe(spans, seconds)
 
     def observe_load(self, tier: str, num_bytes: int, seconds: float, queued_bytes: int) -> None:
         """A load has come, so long after it was asked for behind so many bytes."""

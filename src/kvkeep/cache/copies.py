@@ -6,7 +6,7 @@ called before a place is reused.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from logging import getLogger
@@ -87,7 +87,7 @@ class Copies:
         # What a block's labels are, whether it may be written anywhere at all, and who hears of it.
         self.labels_of: Callable[[BlockKey], bytes] = _no_labels
         self.may_write: Callable[[StoredKey], bool] = _always
-        self.on_copied: Callable[[BlockKey, bytes], None] | None = None
+        self.on_copied: Callable[[BlockKey, Mapping[int, PutOutcome], bytes], None] | None = None
 
     @property
     def num_under_way(self) -> int:
@@ -118,6 +118,11 @@ class Copies:
         self._remembered.move_to_end(key)
         if len(self._remembered) > _MOST_REMEMBERED:
             self._remembered.popitem(last=False)
+
+    def unremember(self, keys: Sequence[StoredKey]) -> None:
+        """Tiers behind wires have these no more."""
+        for key in keys:
+            self._remembered.pop(key, None)
 
     def wants(self, key: StoredKey, occasion: Occasion) -> bool:
         """Whether a copy on this occasion would go anywhere."""
@@ -173,7 +178,8 @@ class Copies:
             if self._evicts_to_memory:
                 payload, labels = self._payloads.view(group, block), self.labels_of(entry.key)
                 outcomes = self._put(group, entry, payload, Occasion.EVICTED, labels)
-                self._note(entry.key, outcomes, labels)
+                if self.on_copied is not None:
+                    self.on_copied(entry.key, outcomes, labels)
             elif not self._stage(key, group, block, entry):
                 self.counts.num_dropped += 1
 
@@ -249,11 +255,6 @@ class Copies:
         layout = self._payloads.layout_name(group)
         return put_block(self._stack, self._spec, group, entry, payload, layout, occasion, labels)
 
-    def _note(self, key: BlockKey, outcomes: dict[int, PutOutcome], labels: bytes) -> None:
-        """Say which labels the tiers have now: of what was there already they are not known."""
-        if self.on_copied is not None and any(one in _IS_KEPT for one in outcomes.values()):
-            self.on_copied(key, b"" if PutOutcome.PRESENT in outcomes.values() else labels)
-
     def _finish(
         self, copy: _Copy, outcomes: dict[int, PutOutcome], then: Callable[[], None]
     ) -> None:
@@ -270,7 +271,8 @@ class Copies:
             return
         if any(at in self._stack.distant for at in kept):
             self.remember(copy.key)
-        self._note(copy.entry.key, outcomes, copy.labels)
+        if self.on_copied is not None:
+            self.on_copied(copy.entry.key, outcomes, copy.labels)
         occasions = self.counts.blocks_by_occasion
         occasions[copy.occasion] = occasions.get(copy.occasion, 0) + 1
         then()

@@ -5,7 +5,7 @@ fault of a tier is more than a miss with a cause here.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from logging import getLogger
@@ -48,7 +48,7 @@ _FLUSH_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class _Finished:
-    """A block that a request has let go of, and why it may go down."""
+    """A block that a request has let go of, or that is pinned, and why it may go down."""
 
     group: int
     block: BlockId
@@ -82,7 +82,7 @@ class Hierarchy:
         self._results = Results()
         self.copies = Copies(spec, payloads, stack, self._results)
         self.deletions = Deletions(stack, self._results)
-        self.holds = TierHolds(stack, len(spec.groups))
+        self.holds = TierHolds(stack, len(spec.groups), self.object_bytes)
         self.relabels = Relabels(stack, self._results, len(spec.groups), clock)
         # What memory evicts falls to slower tiers beside everything else: a step never waits for these.
         self._spills = Lane("spill", num_threads=1, max_jobs=_MOST_SPILLS)
@@ -111,11 +111,9 @@ class Hierarchy:
         found: dict[BlockKey, StoredBlock] = {}
         for key, stored in key_to_stored.items():
             sighting = sightings.get(stored)
-            at = (
-                None
-                if sighting is None or sighting.presence is not Presence.PRESENT
-                else sighting.at
-            )
+            at: int | None = None
+            if sighting is not None and sighting.presence is Presence.PRESENT:
+                at = sighting.at
             if at is None and lookup is not None:
                 at = lookup.found.get(stored)
             is_avoided = lookup is not None and stored in lookup.avoided
@@ -124,7 +122,7 @@ class Hierarchy:
                 or is_avoided
                 or self.loads.holds_key(stored)
                 or self.copies.is_cancelled(stored)
-                or self.deletions.is_doomed(stored)
+                or self.deletions.is_going(at, stored)
             ):
                 continue
             found[key] = StoredBlock(at, self.stack.tiers[at].name)
@@ -215,6 +213,14 @@ class Hierarchy:
             if self.copies.wants(stored_key(key, group), occasion):
                 self._finished.append(_Finished(group, block, key, occasion))
             self._resting.note(group, block, key)
+
+    def write_soon(self, keys: Sequence[BlockKey]) -> None:
+        """Write what lies on the device to the tiers that outlive the process, which may end at any time."""
+        for group, ledger in enumerate(self._ledgers):
+            for key in keys:
+                block = ledger.get(key)
+                if block is not None:
+                    self._finished.append(_Finished(group, block, key, Occasion.CLOSING))
 
     def before_eviction(
         self, group: int, blocks: Sequence[BlockId], entries: Sequence[Entry]
@@ -336,12 +342,6 @@ class Hierarchy:
         self.stack.close()
 
     # --- parts -----------------------------------------------------------------------------------
-
-    def cancel_loads(self, keys: Iterable[BlockKey]) -> None:
-        """What is on its way up is not to be used."""
-        if self.loads.num_under_way:
-            groups = range(len(self.spec.groups))
-            self.loads.cancel(stored_key(key, group) for key in keys for group in groups)
 
     def _cancel(self, keys: Sequence[StoredKey]) -> None:
         """What is on its way down, or up, is not to arrive."""

@@ -73,7 +73,8 @@ class Lease:
     `gaps` are the positions still to be computed, in order; a step computes spans from their front.
     In `states` are the places of the running recurrent states, one for each recurrent group. `loads` are the
     blocks that are still on their way, `loaded` says by number where those that came are from, and `failed`
-    has the cause of those that did not: then the lease is to be released, and reserved anew.
+    has the cause of those that did not: then the lease is to be released, and reserved anew. `restore_s` is
+    from the start of the first load to the end of the last one so far.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class Lease:
         self.loads: set[PendingLoad] = set()
         self.loaded: dict[int, str] = {}
         self.failed: dict[PendingLoad, str] = {}
+        self.restore_s = 0.0
+        self._loads_began_s: float | None = None
         self.claim = claim
         # Whether the claim is this lease's alone, and ends with it.
         self.owns_claim = False
@@ -132,9 +135,17 @@ class Lease:
         limit = min(load.number for load in self.loads) * self.chain.block_size
         return [Span(gap.start, min(gap.stop, limit)) for gap in self.gaps if gap.start < limit]
 
-    def finish_load(self, load: PendingLoad, failure: str | None) -> None:
-        """A block has arrived, or is known not to."""
+    def begin_load(self, load: PendingLoad, now_s: float) -> None:
+        """A block is on its way."""
+        self.loads.add(load)
+        if self._loads_began_s is None:
+            self._loads_began_s = now_s
+
+    def finish_load(self, load: PendingLoad, failure: str | None, at_s: float) -> None:
+        """A block has arrived at that time, or is known not to."""
+        assert self._loads_began_s is not None
         self.loads.remove(load)
+        self.restore_s = max(self.restore_s, at_s - self._loads_began_s)
         if failure is None:
             self.loaded[load.number] = load.source
             self.reused[load.group].add(self.tables[load.group].place(load.number))

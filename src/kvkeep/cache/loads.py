@@ -25,13 +25,14 @@ from kvkeep.tiers.stored_form import StoredHeader, header_bytes
 
 __all__ = ["Admit", "LoadCounts", "Loaded", "Loads"]
 
-# Judges the labels of a block that has arrived, for that number of a lease if one waits: None to use it, or
-# the cause for which it must not be.
-Admit = Callable[[Entry, Lease | None, int, bytes], str | None]
+# Judges the labels of a block that has arrived from a tier, for that number of a lease if one waits: None to
+# use it, or the cause for which it must not be.
+Admit = Callable[[Entry, int, Lease | None, int, bytes], str | None]
 
 # A load that takes longer than this is given up: its block is computed instead.
 LATE_S = 30.0
 _MOST_JOBS = 2**16
+_FAILED_CHECKS = frozenset({MissCause.SHORT, MissCause.CORRUPT, MissCause.MISMATCH})
 
 
 @dataclass(slots=True)
@@ -69,7 +70,7 @@ class _Flight:
     header: StoredHeader
     asked_s: float
     queued_bytes: int
-    arrived_s: float = 0.0
+    arrived_s: float
     is_late: bool = False
     is_cancelled: bool = False
 
@@ -105,6 +106,8 @@ class Loads:
         self.on_loaded: Callable[[Loaded], None] | None = None
         self.admit: Admit | None = None
         self.on_sealed: Callable[[BlockKey], None] | None = None
+        # Hears of blocks that a tier gave, and that were not what they should be.
+        self.on_rejected: Callable[[BlockKey], None] | None = None
 
     @property
     def num_under_way(self) -> int:
@@ -169,11 +172,12 @@ class Loads:
             header=header,
             asked_s=now_s,
             queued_bytes=self._queued_bytes[source.at],
+            arrived_s=now_s,
         )
         self._queued_bytes[source.at] += header.payload_bytes
         self._places.ledgers[group].pool.acquire([block])
         self._flights[key] = flight
-        lease.loads.add(pending)
+        lease.begin_load(pending, now_s)
         if not self._lanes[source.at].submit(partial(self._work, key, flight)):
             self._finish(key, flight, memoryview(b""), _refused())
 
@@ -185,7 +189,7 @@ class Loads:
                 continue
             flight.is_late = True
             if flight.lease is not None:
-                self._settle(flight, MissCause.LATE)
+                self._settle(flight, MissCause.LATE, now_s)
 
     def forget(self, lease: Lease) -> None:
         """The lease is closed; what arrives for it is kept all the same."""
@@ -233,9 +237,12 @@ class Loads:
             flight.group, flight.block, payload, result.layout
         ):
             result = Miss(MissCause.MISMATCH, f"layout {result.layout}")
-        cause = result.cause if isinstance(result, Miss) else self._refuse(flight, result.labels)
         if isinstance(result, Verified):
+            # Before it is judged: what is refused is deleted, and must not be taken for present.
             self._count(key, flight)
+        cause = result.cause if isinstance(result, Miss) else self._refuse(flight, result.labels)
+        if cause in _FAILED_CHECKS and self.on_rejected is not None:
+            self.on_rejected(flight.entry.key)
         if cause is None and (
             flight.lease is not None or ledger.pool.num_holders(flight.block) == 1
         ):
@@ -243,7 +250,7 @@ class Loads:
             if self.on_sealed is not None:
                 self.on_sealed(flight.entry.key)
         if flight.lease is not None:
-            self._settle(flight, cause)
+            self._settle(flight, cause, flight.arrived_s)
         self._places.release(flight.group, [flight.block])
 
     def _refuse(self, flight: _Flight, labels: bytes) -> str | None:
@@ -252,12 +259,13 @@ class Loads:
             return "invalidated"
         if self.admit is None:
             return None
-        return self.admit(flight.entry, flight.lease, flight.pending.number, labels)
+        number = flight.pending.number
+        return self.admit(flight.entry, flight.at, flight.lease, number, labels)
 
-    def _settle(self, flight: _Flight, cause: str | None) -> None:
+    def _settle(self, flight: _Flight, cause: str | None, at_s: float) -> None:
         """Take the load off its lease: as loaded, or as failed."""
         assert flight.lease is not None
-        flight.lease.finish_load(flight.pending, cause)
+        flight.lease.finish_load(flight.pending, cause, at_s)
         flight.lease = None
         if cause is not None:
             failures = self.counts[flight.at].failures

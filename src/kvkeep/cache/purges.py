@@ -1,35 +1,38 @@
 """Purges and expiries: from what is meant to what is gone, with a receipt that counts it."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from enum import StrEnum
 from functools import partial
+from math import nextafter
 
-from kvkeep.blocks import stored_key
+from kvkeep.cache.forgetting import Forgotten
 from kvkeep.cache.hierarchy import Hierarchy
 from kvkeep.cache.lease import Lease
-from kvkeep.cache.lifetimes import (
-    Match,
-    PurgeReceipt,
-    Query,
-    SessionId,
-    decode_labels,
-    match,
-)
-from kvkeep.cache.places import Places
+from kvkeep.cache.lifetimes import Claim, PurgeReceipt, Query, SessionId
+from kvkeep.cache.lifetimes.journal import Unfinished
 from kvkeep.cache.restoring import Restoring, open_journal
-from kvkeep.cache.upkeep import Forgotten, Upkeep
-from kvkeep.spec import BlockKey
-from kvkeep.tiers.base import Labelled, Presence
+from kvkeep.cache.searches import Found, Search
+from kvkeep.cache.upkeep import Upkeep
+from kvkeep.spec import BlockKey, StoredKey
 
-__all__ = ["Purge", "Purges"]
+__all__ = ["Purge", "Purges", "Reach"]
+
+
+class Reach(StrEnum):
+    """How far a purge looks beyond the blocks that are known here."""
+
+    KNOWN = "known"  # no further
+    SOON = (
+        "soon"  # at what tiers have, such as blocks of other machines, together with other purges
+    )
+    NOW = "now"  # the same at once
 
 
 class Purge:
-    """A purge that has begun: nothing of it is served any more. Tiers delete beside compute."""
+    """A purge that has begun: nothing of it is served any more. Places are given up beside compute."""
 
-    def __init__(
-        self, matched: Match, forgotten: Forgotten, upkeep: Upkeep, below: Hierarchy | None
-    ) -> None:
-        self._matched = matched
+    def __init__(self, forgotten: Forgotten, upkeep: Upkeep, below: Hierarchy | None) -> None:
         self._forgotten = forgotten
         self._upkeep = upkeep
         self._below = below
@@ -41,178 +44,239 @@ class Purge:
 
     def wait(self) -> PurgeReceipt:
         """Wait for the end; for the thread that owns the cache."""
+        self._upkeep.forgetting.finish()
         while not self.is_done:
-            self._upkeep.poll(is_busy=False)
-            if self._below is not None and not self._forgotten.left:
-                self._below.wait(1.0)
-                self._below.poll(is_busy=False)
+            assert self._below is not None, "without tiers it is done when nothing is known of it"
+            self._below.wait(1.0)
+            self._below.poll(is_busy=False)
+            self._below.deletions.poll()
         return self.receipt()
 
     def receipt(self) -> PurgeReceipt:
         """What was forgotten so far: all of it once the purge is done."""
-        forgotten, deletion = self._forgotten, self._forgotten.deletion
-        stored: dict[str, int] = {}
-        num_bytes, found = forgotten.num_device_bytes, set(forgotten.keys)
+        forgotten, stored = self._forgotten, dict[str, int]()
+        num_bytes, num_pinned = forgotten.num_device_bytes, len(forgotten.pinned)
+        num_deleted = len(forgotten.keys) + len(forgotten.found - forgotten.keys)
         if self._below is not None:
-            found |= deletion.found
-            for (name, group), count in deletion.num_objects.items():
+            for (name, group), count in forgotten.deletion.num_objects.items():
                 stored[name] = stored.get(name, 0) + count
                 num_bytes += count * self._below.object_bytes(group)
         return PurgeReceipt(
-            matched=len(found) + self._matched.num_pinned,
-            deleted=len(found),
+            matched=num_deleted + num_pinned,
+            deleted=num_deleted,
             freed_bytes=num_bytes,
-            skipped_pinned=self._matched.num_pinned,
+            skipped_pinned=num_pinned,
             in_use=forgotten.num_in_use,
             stored=stored,
+            not_reached=forgotten.deletion.not_reached,
         )
 
 
 class Purges:
     """Begins purges, and finishes those that a crash interrupted; made by Administration."""
 
-    def __init__(
-        self,
-        places: Places,
-        upkeep: Upkeep,
-        below: Hierarchy | None,
-        leases: Collection[Lease],
-    ) -> None:
-        self._places = places
-        self._leases = leases
-        self._ledgers = places.ledgers
+    def __init__(self, upkeep: Upkeep, below: Hierarchy | None, leases: Collection[Lease]) -> None:
         self._upkeep = upkeep
+        self._forgetting = upkeep.forgetting
         self._lifetimes = upkeep.lifetimes
         self._below = below
+        self._leases = leases
         self._journal = open_journal(below)
         self._restoring = None if below is None else Restoring(self._lifetimes, below)
-        self._resume()
+        self._expiring: Forgotten | None = None
+        unfinished = [] if self._journal is None else self._journal.unfinished()
+        for one in unfinished:
+            self._resume(one)
+        if unfinished:
+            # What they mean in tiers of this machine has gone then; the rest is checked when it comes.
+            self.wait_until_restored()
 
     def wait_until_restored(self) -> None:
         """Wait until the labels of what earlier processes left are known."""
         if self._restoring is not None:
             self._restoring.wait()
 
-    def begin(self, query: Query, *, reason: str = "invalidated", search: bool = True) -> Purge:
+    def begin(self, query: Query, *, reach: Reach = Reach.NOW) -> Purge:
         """Forget what a query means, and let requests that it means publish nothing any more.
 
-        With `search` also what tiers have that is not known here, such as blocks of other machines.
+        From now on nothing of it is served, from whatever place. When blocks were used last is known of those
+        that are known here only.
         """
-        if search:
+        if query.used_before is not None:
             self.wait_until_restored()
-        now_s = self._lifetimes.clock()
-        matched = match(query, self._lifetimes.register, now_s)
-        if query.tiers is None:
-            self._lifetimes.purged(query)
-        purge_id = None
-        if self._journal is not None and (search or matched.keys):
-            purge_id = self._journal.begin(query, now_s)
-        forgotten = self._upkeep.forget(matched.keys, reason, query.tiers)
-        if search and self._below is not None and query.used_before is None:
-            among = self._among(query)
-            self._below.deletions.search(forgotten.deletion, self._fits(query), among)
-        if purge_id is not None and self._journal is not None:
-            forgotten.deletion.when_done(partial(self._journal.finish, purge_id))
-        return Purge(matched, forgotten, self._upkeep, self._below)
+            reach = Reach.KNOWN
+        return self._purge(self._begin(query, query, reach))
 
     def purge(self, query: Query, *, dry_run: bool = False) -> PurgeReceipt:
         """The same to its end; with `dry_run` nothing is done, and what is known here is counted."""
-        return self._count(query) if dry_run else self.begin(query).wait()
+        self.wait_until_restored()
+        return self._forgetting.planned(query) if dry_run else self.begin(query).wait()
+
+    def outdate(self, claim: Claim) -> None:
+        """Forget what depends on other versions of what a new request depends on."""
+        query = self._lifetimes.outdating(claim)
+        if query is None:
+            return
+        # What the request itself computes is younger, whenever tiers are looked through.
+        until = self._lifetimes.clock() + self._lifetimes.settings.max_clock_skew_s
+        elsewhere = replace(query, created_before=nextafter(until, 0.0))
+        self._begin(query, elsewhere, Reach.SOON)
 
     def expire(self) -> PurgeReceipt:
         """Forget what has expired, and end sessions that nobody used for too long."""
+        self.wait_until_restored()
+        self._forgetting.finish()
         return sum((one.wait() for one in self._sweep()), PurgeReceipt())
 
     def poll(self) -> None:
-        """Begin to forget what ends of itself, as far as it is due."""
+        """Begin to forget what ends of itself, as far as it is due, and go on with what waits.
+
+        What other processes purge whose tiers lie in the same folder is forgotten here too.
+        """
+        for other in () if self._journal is None else self._journal.begun_by_others():
+            self._follow(other)
         if self._lifetimes.next_due() <= self._lifetimes.clock():
             self._sweep()
+        of_session = self._lifetimes.register.of_session
+        self._lifetimes.sessions.prune(lambda one: any(True for _ in of_session(one)))
+        if self._below is not None:
+            self._below.deletions.poll()
 
-    def close_session(self, session_id: SessionId, *, search: bool = True) -> Purge:
+    def close_session(self, session_id: SessionId) -> Purge:
         """End a session: what only it uses goes everywhere, and its requests publish nothing any more."""
-        query = Query(
-            sessions=frozenset((session_id.name,)), namespaces=frozenset((session_id.namespace,))
-        )
-        purge = self.begin(query, search=search)
-        self._upkeep.apply(self._lifetimes.end_session(session_id))
-        return purge
+        query = _of_session(session_id)
+        return self._end_session(session_id, query, Reach.NOW)
 
     def close(self) -> None:
         """Give up what is still to be forgotten, and end what runs beside."""
-        self._upkeep.finish()
+        self._forgetting.finish()
         if self._restoring is not None:
             self._restoring.close()
 
     # --- parts -----------------------------------------------------------------------------------
 
+    def _resume(self, unfinished: Unfinished) -> None:
+        query, reach = unfinished.query, Reach.NOW
+        if query.used_before is not None:
+            # When blocks were used last is forgotten: they count as unused.
+            self.wait_until_restored()
+            reach = Reach.KNOWN
+        deletion = self._begin(query, query, reach, unfinished.purge_id).deletion
+        for at, tier in enumerate(() if self._below is None else self._below.stack.tiers):
+            assert self._below is not None
+            self._below.deletions.add(deletion, unfinished.left.get(tier.name, ()), (at,))
+
+    def _follow(self, other: Unfinished) -> None:
+        """Forget what another process purges, which looks itself for what is not known here."""
+        query = other.query
+        # Of which tiers it is the other that sees to it, and what was used last here only we know.
+        if query.tiers is None and query.used_before is None:
+            self._lifetimes.void(query)
+            self._lifetimes.purged.end(self._lifetimes.purged.begin(query, self._lifetimes.clock()))
+            self._forgetting.begin(query, "invalidated")
+
+    def _begin(
+        self, query: Query, elsewhere: Query, reach: Reach, purge_id: str | None = None
+    ) -> Forgotten:
+        """Forget what `query` means of what is known, and what `elsewhere` means of the rest."""
+        now_s = self._lifetimes.clock()
+        if query.tiers is None:
+            self._lifetimes.void(query)
+        if self._journal is not None and purge_id is None:
+            purge_id = self._journal.begin(elsewhere, now_s)
+        forgotten = self._forgetting.begin(query, "invalidated")
+        if self._below is not None:
+            deletion = forgotten.deletion
+            if self._journal is not None and purge_id is not None:
+                self._below.deletions.add_job(deletion, self._journal.sync)
+                deletion.on_left = partial(self._journal.leave, purge_id)
+                deletion.when_done(partial(self._journal.finish, purge_id))
+            if query.tiers is None and query.used_before is None:
+                bounded = self._lifetimes.purged.begin(elsewhere, now_s)
+                deletion.when_done(partial(self._lifetimes.purged.end, bounded))
+            if reach is not Reach.KNOWN:
+                self._search(self._below, forgotten, elsewhere, is_urgent=reach is Reach.NOW)
+        return forgotten
+
+    def _purge(self, forgotten: Forgotten) -> Purge:
+        return Purge(forgotten, self._upkeep, self._below)
+
+    def _search(
+        self, below: Hierarchy, forgotten: Forgotten, query: Query, *, is_urgent: bool
+    ) -> None:
+        """Look in tiers for what is not known here, and forget it as part of a purge."""
+        settings, register = self._lifetimes.settings, self._lifetimes.register
+        tiers = below.stack.tiers
+        names = {tier.name for tier in tiers} if query.tiers is None else set(query.tiers)
+
+        def is_known(key: BlockKey) -> bool:
+            return key in register or key in forgotten.keys
+
+        def take(found: Found) -> None:
+            # What is known here is given up without looking.
+            unknown = [one for one in found.meant if not is_known(BlockKey(one[:-1]))]
+            forgotten.pinned.update(one for one in found.pinned if one not in register)
+            below.deletions.add_found(forgotten.deletion, unknown, found.at, count)
+
+        def count(deleted: Sequence[StoredKey]) -> None:
+            forgotten.found.update(BlockKey(one[:-1]) for one in deleted)
+
+        def end(missed: Sequence[int]) -> None:
+            for at in missed:
+                deletion.leave(tiers[at].name)
+                searches.add_left(replace(search, among=(at,), on_done=partial(end_left, at)))
+            deletion.end_job()
+
+        def end_left(at: int, missed: Sequence[int]) -> None:
+            if missed:
+                searches.add_left(replace(search, among=(at,), on_done=partial(end_left, at)))
+            else:
+                deletion.end_left(tiers[at].name)
+
+        deletion, searches = forgotten.deletion, below.deletions.searches
+        deletion.begin_job()
+        search = Search(
+            query=query,
+            until=self._lifetimes.clock() + settings.max_clock_skew_s,
+            among=[at for at, tier in enumerate(tiers) if tier.name in names],
+            on_found=take,
+            on_done=end,
+        )
+        searches.add(search, is_urgent=is_urgent)
+
     def _sweep(self) -> list[Purge]:
         now_s, register = self._lifetimes.clock(), self._lifetimes.register
-        if register.next_expiry <= now_s:
+        purges = []
+        if register.next_expiry <= now_s and (self._expiring is None or self._expiring.is_walked):
             # What a request holds it is using now: that puts off an end that counts from every use.
             for lease in self._leases:
                 self._upkeep.renew(lease)
-        due = frozenset(register.due(now_s))
-        forgotten = self._upkeep.forget(due, "expired")
-        purges = [Purge(Match(due, 0), forgotten, self._upkeep, self._below)]
-        ended = self._lifetimes.sessions.due(now_s)
-        return purges + [self.close_session(one, search=False) for one in ended]
+            self._expiring = self._forgetting.expire()
+            purges.append(self._purge(self._expiring))
+        if self._restoring is None or self._restoring.is_done:
+            # Before that it is not known when a session was used last.
+            purges += [self._time_out(one) for one in self._lifetimes.sessions.due(now_s)]
+        return purges
 
-    def _resume(self) -> None:
-        """Purges that were interrupted come to their end before anything is served."""
-        for one in [] if self._journal is None else self._journal.unfinished():
-            self.begin(one.query).wait()
-            assert self._journal is not None
-            self._journal.finish(one.purge_id)
+    def _time_out(self, session_id: SessionId) -> Purge:
+        """End a session that nobody used here; what another machine computed for it since is left to that."""
+        session = self._lifetimes.sessions.get(session_id)
+        assert session is not None
+        query = replace(_of_session(session_id), created_before=session.used_at)
+        return self._end_session(session_id, query, Reach.SOON)
 
-    def _fits(self, query: Query) -> Callable[[Labelled], bool]:
-        """Judges an object by its own labels, unless better ones are known; runs on another thread."""
-        register, until = self._lifetimes.register, self._lifetimes.clock()
-        until += self._lifetimes.settings.max_clock_skew_s
-        means_all = query == Query(include_pinned=query.include_pinned, tiers=query.tiers)
+    def _end_session(self, session_id: SessionId, elsewhere: Query, reach: Reach) -> Purge:
+        query = _of_session(session_id)
+        forgotten = self._begin(query, elsewhere, reach)
+        for labels, keys in self._lifetimes.register.of_session(session_id):
+            if query.spares(labels):
+                # Counted now: their labels do not name the session when their turn comes.
+                forgotten.pinned.update(keys)
+        self._upkeep.apply(self._lifetimes.end_session(session_id))
+        return self._purge(forgotten)
 
-        def fits(one: Labelled) -> bool:
-            key = BlockKey(one.key[:-1])
-            if key in register:
-                return False
-            labels = decode_labels(one.labels)
-            if labels is None:
-                return means_all
-            return labels.created_at <= until and query.means(key, labels)
 
-        return fits
-
-    def _among(self, query: Query) -> list[int]:
-        assert self._below is not None
-        return [
-            at
-            for at, tier in enumerate(self._below.stack.tiers)
-            if query.tiers is None or tier.name in query.tiers
-        ]
-
-    def _count(self, query: Query) -> PurgeReceipt:
-        """What a purge would forget of what is known here."""
-        self.wait_until_restored()
-        matched = match(query, self._lifetimes.register, self._lifetimes.clock())
-        num_bytes, stored = 0, dict[str, int]()
-        if query.tiers is None or "device" in query.tiers:
-            for ledger in self._ledgers:
-                blocks = [one for key in matched.keys if (one := ledger.get(key)) is not None]
-                num_bytes += ledger.num_bytes(blocks, self._places.spec.block_size)
-        for at in [] if self._below is None else self._among(query):
-            assert self._below is not None
-            tier = self._below.stack.tiers[at]
-            for group in range(len(self._ledgers)):
-                there = tier.find([stored_key(key, group) for key in matched.keys])
-                count = there.count(Presence.PRESENT)
-                num_bytes += count * self._below.object_bytes(group)
-                if count:
-                    stored[tier.name] = stored.get(tier.name, 0) + count
-        return PurgeReceipt(
-            matched=len(matched.keys) + matched.num_pinned,
-            deleted=len(matched.keys),
-            freed_bytes=num_bytes,
-            skipped_pinned=matched.num_pinned,
-            in_use=self._upkeep.num_in_use(matched.keys),
-            stored=stored,
-            dry_run=True,
-        )
+def _of_session(session_id: SessionId) -> Query:
+    return Query(
+        sessions=frozenset((session_id.name,)), namespaces=frozenset((session_id.namespace,))
+    )

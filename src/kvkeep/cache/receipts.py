@@ -25,6 +25,14 @@ class Receipt:
     name, or "computed". `recomputed_tokens` were computed again after the request was preempted.
     `load_failures` counts, by cause, the blocks that a tier did not give and that were computed instead.
     `miss` says why not more was reused, to requests that asked.
+
+    In seconds: `queue_s` went by before its first step, None if there was none. `restore_s` is from the start
+    of loading to the last block that came, a part of it in the queue and the rest beside computing.
+    `saved_s` estimates what computing the reused tokens would have taken, by what steps take here; None
+    while that is not known.
+
+    `pin` is the name of what the request has pinned. `expires_at`, for requests that asked why they missed,
+    is when the first of the prompt's blocks is served no more, in seconds since 1970; infinite for never.
     """
 
     prompt_tokens: int
@@ -36,6 +44,11 @@ class Receipt:
     num_preemptions: int = 0
     load_failures: dict[str, int] = field(default_factory=dict)
     miss: Miss | None = None
+    queue_s: float | None = None
+    restore_s: float = 0.0
+    saved_s: float | None = None
+    pin: str | None = None
+    expires_at: float | None = None
     first_token_s: float | None = None
     total_s: float = 0.0
 

@@ -53,8 +53,8 @@ class Restoring:
         self._lifetimes = lifetimes
         self._below = below
         self._tiers = [
-            tier
-            for tier in below.stack.tiers
+            (at, tier)
+            for at, tier in enumerate(below.stack.tiers)
             if tier.capabilities.is_local
             and tier.capabilities.is_persistent
             and tier.capabilities.keeps_labels
@@ -78,23 +78,23 @@ class Restoring:
 
     def _work(self) -> None:
         try:
-            for tier in self._tiers:
+            for at, tier in self._tiers:
                 batch: list[Labelled] = []
                 for one in tier.labelled():
                     batch.append(one)
                     if len(batch) == _BATCH:
-                        self._below.hand_over(partial(self._take, batch))
+                        self._below.hand_over(partial(self._take, at, batch))
                         batch = []
                     if self._is_closing.is_set():
                         break
-                self._below.hand_over(partial(self._take, batch))
+                self._below.hand_over(partial(self._take, at, batch))
         except Exception:  # noqa: BLE001
             # A tier of somebody else's may raise anything; its blocks are judged when they come.
             _log.exception("the labels of a tier cannot be read")
         finally:
             self._below.hand_over(self._finish)
 
-    def _take(self, batch: Sequence[Labelled]) -> None:
+    def _take(self, at: int, batch: Sequence[Labelled]) -> None:
         """On the owner's thread."""
         dead = []
         register, relabels = self._lifetimes.register, self._below.relabels
@@ -105,7 +105,7 @@ class Restoring:
             if not self._lifetimes.restore(key, labels):
                 dead.append(stored)
             elif key in register:
-                relabels.note(key, labels)
+                relabels.note(key, labels, at)
                 pinned = register.get(key)
                 if pinned is not None and pinned.pins:
                     self._below.holds.hold((key,))
@@ -114,3 +114,4 @@ class Restoring:
 
     def _finish(self) -> None:
         self.is_done = True
+        self._lifetimes.sessions.end_restoring()

@@ -6,24 +6,22 @@ Between the books of labels and those of places; for the thread that owns both.
 from collections.abc import Collection, Sequence
 
 from kvkeep.blocks import BlockLedger, Entry, TokenChain, stored_key
-from kvkeep.cache.deletions import Deletion
+from kvkeep.cache.forgetting import Forgetting
 from kvkeep.cache.hierarchy import Hierarchy
 from kvkeep.cache.lease import Lease
 from kvkeep.cache.lifetimes import Change, Claim, Lifetimes
 from kvkeep.cache.pin_holds import PinHolds
 from kvkeep.cache.places import Places
 from kvkeep.cache.quotas import Quotas
+from kvkeep.cache.stored_labels import StoredLabels
 from kvkeep.planning import DEVICE
 from kvkeep.policies import DEFAULT_RANK, FIRST_RANK
 from kvkeep.spec import BlockId, BlockKey, StoredKey
 
-__all__ = ["Forgotten", "Upkeep", "forget_evicted"]
+__all__ = ["Upkeep", "forget_evicted"]
 
 # Labels of blocks that lie nowhere any more are looked for beyond this many, so many in one poll.
 _FEWEST_PRUNED = 4096
-# So many blocks are given up between two steps, and so many times that while nothing runs.
-_FORGOTTEN_AT_ONCE = 1024
-_PARTS_WHEN_IDLE = 16
 _PRUNED_AT_ONCE = 512
 
 
@@ -48,52 +46,28 @@ def forget_evicted(
     lifetimes.tell_gone(keys, "evicted")
 
 
-class Forgotten:
-    """Blocks that nobody finds any more. Their places and objects are given up beside compute, in parts."""
-
-    def __init__(
-        self, keys: Collection[BlockKey], reason: str, places: Collection[str] | None
-    ) -> None:
-        self.keys = keys
-        self.reason = reason
-        self.places = places
-        self.left = list(keys)
-        self.num_device_bytes = 0
-        self.num_in_use = 0
-        self.num_places = self.num_held_places = 0
-        # Closed when nothing is left.
-        self.deletion = Deletion()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing of it lies anywhere."""
-        return self.deletion.is_done
-
-
 class Upkeep:
     """Carries out what labels say; see Lifetimes for what they say."""
 
     def __init__(self, lifetimes: Lifetimes, places: Places, below: Hierarchy | None) -> None:
         self.lifetimes = lifetimes
         self.holds = PinHolds(places, lifetimes.settings.pin_share)
-        spec = places.spec
-        block_bytes = sum(group.block_bytes(spec.block_size) for group in spec.groups)
-        self.quotas = Quotas(lifetimes.register, block_bytes)
+        self.quotas = Quotas(lifetimes.register, places, below)
         self._places = places
         self._below = below
         # Blocks that go before all others, until somebody uses them again.
         self._first: set[BlockKey] = set()
-        # What is being forgotten, in the order in which it began.
-        self._begun: list[Forgotten] = []
+        self.forgetting = Forgetting(
+            lifetimes, places, self.holds, below, self._first.difference_update
+        )
         self._prune_at = _FEWEST_PRUNED
         self._unpruned: list[BlockKey] = []
         if below is not None:
-            register = lifetimes.register
-            below.relabels.labels_of = below.copies.labels_of = register.encoded
-            below.copies.on_copied = self._note_copied
+            self.stored_labels = StoredLabels(lifetimes, below, self.apply)
             below.copies.may_write = self._may_write
             below.loads.admit = self._admit
             below.loads.on_sealed = self._settle_on_device
+            below.loads.on_rejected = lambda key: lifetimes.tell_gone((key,), "corrupt_rejected")
 
     @property
     def _ledgers(self) -> Sequence[BlockLedger]:
@@ -103,6 +77,8 @@ class Upkeep:
 
     def use(self, claim: Claim, chain: TokenChain, numbers: Sequence[int], *, is_new: bool) -> None:
         """A request uses blocks of its chain; `is_new`: it has just published them."""
+        if is_new and self.forgetting.is_walking:
+            self._revive([chain.keys[number] for number in numbers])
         changes = self.lifetimes.use(claim, chain, numbers, is_new=is_new)
         self.apply(changes)
         if is_new and self.lifetimes.register.num_marked:
@@ -128,12 +104,18 @@ class Upkeep:
         self.apply(self.lifetimes.enter(entry.key, entry.namespace))
         return self.lifetimes.register.encoded(entry.key)
 
-    def keep_quota(self, namespace: BlockKey) -> Forgotten | None:
-        """Forget what a tenant has too much of."""
-        if namespace not in self.quotas.limits:
-            return None
-        excess = self.quotas.excess(namespace, lambda key: bool(self.num_in_use((key,))))
-        return self.forget(excess, "evicted") if excess else None
+    def keep_quotas(self, namespace: BlockKey) -> None:
+        """Forget what a tenant has too much of; what is too much for the device goes down."""
+        for share in self.quotas.of(namespace):
+            excess = self.quotas.excess(share, self._is_in_use)
+            if not excess:
+                continue
+            if share.place is None or self._below is None:
+                self.forgetting.begin_keys(excess, "evicted")
+                continue
+            if share.place == DEVICE:
+                self._demote(self._below, excess)
+            self.forgetting.at_once(excess, "evicted", (share.place,))
 
     def renew(self, lease: Lease) -> None:
         """A request lets go of its blocks."""
@@ -154,6 +136,7 @@ class Upkeep:
                 self.holds.hold(change.keys)
                 if self._below is not None:
                     self._below.holds.hold(change.keys)
+                    self._below.write_soon(change.keys)
             elif old is not None and old.pins and not new.pins:
                 self.holds.let_go(change.keys)
                 if self._below is not None:
@@ -163,46 +146,13 @@ class Upkeep:
 
     # --- forgetting ------------------------------------------------------------------------------
 
-    def forget(
-        self,
-        keys: Collection[BlockKey],
-        reason: str,
-        places: Collection[str] | None = None,
-    ) -> Forgotten:
-        """Forget blocks in `places` ("device", names of tiers; all of them): nobody finds them from now on.
-
-        Many are given up in parts, by `poll`; those of some places only at once.
-
-        Running requests keep what they hold as their own.
-        """
-        forgotten = Forgotten(keys, reason, places)
-        if places is None:
-            self.lifetimes.register.doom(keys)
-            self._first.difference_update(keys)
-            if self._below is not None:
-                self._below.relabels.forget(keys)
-                self._below.cancel_loads(keys)
-        self.lifetimes.tell_gone(keys, reason)
-        self._begun.append(forgotten)
-        if len(keys) <= _FORGOTTEN_AT_ONCE or places is not None:
-            while forgotten.left:
-                self._forget_some(forgotten)
-        self._close_forgotten()
-        return forgotten
-
     def poll(self, *, is_busy: bool) -> None:
         """Go on with what is being forgotten, and with labels of what lies nowhere."""
-        for _ in range(1 if is_busy else _PARTS_WHEN_IDLE):
-            if not self._begun:
-                break
-            self._forget_some(self._begun[0])
-            self._close_forgotten()
+        self.forgetting.poll(is_busy=is_busy)
+        if self._below is not None:
+            while self.stored_labels.grown:
+                self.keep_quotas(self.stored_labels.grown.pop())
         self.prune()
-
-    def finish(self) -> None:
-        """Give up all that is being forgotten."""
-        while self._begun:
-            self.poll(is_busy=False)
 
     def is_dead(self, key: BlockKey) -> bool:
         """Whether nobody may use a block any more, although it may still lie somewhere."""
@@ -219,7 +169,13 @@ class Upkeep:
             self._unpruned[-_PRUNED_AT_ONCE:],
             self._unpruned[:-_PRUNED_AT_ONCE],
         )
-        gone = [key for key in some if key in register and not self.is_somewhere(key)]
+        # What is dead goes in its own way, which also takes it out of tiers.
+        dead = register.dead(some, self.lifetimes.clock())
+        gone = [
+            key
+            for key in some
+            if key in register and key not in dead and not self.is_somewhere(key)
+        ]
         register.forget(gone)
         self._first.difference_update(gone)
         if self._below is not None:
@@ -236,68 +192,14 @@ class Upkeep:
             self._below.has(stored_key(key, group)) for group in range(len(self._ledgers))
         )
 
-    def num_in_use(self, keys: Collection[BlockKey]) -> int:
-        """How many of these blocks requests hold on the device."""
-        pinned = self.holds.holders()
-        in_use = set()
-        for group, ledger in enumerate(self._ledgers):
-            for key in keys:
-                block = ledger.get(key)
-                if block is not None and ledger.pool.num_holders(block) > (
-                    (group, block) in pinned
-                ):
-                    in_use.add(key)
-        return len(in_use)
-
     # --- parts -----------------------------------------------------------------------------------
 
-    def _forget_some(self, forgotten: Forgotten) -> None:
-        part = forgotten.left[-_FORGOTTEN_AT_ONCE:]
-        del forgotten.left[-_FORGOTTEN_AT_ONCE:]
-        register = self.lifetimes.register
-        here = part
-        if forgotten.places is None:
-            # What was computed anew meanwhile is somebody's.
-            here = [key for key in part if register.is_doomed(key)]
-        if forgotten.places is None or DEVICE in forgotten.places:
-            self._forget_here(forgotten, here)
-        register.spare(here)
-        if self._below is not None:
-            among = None
-            if forgotten.places is not None:
-                tiers = enumerate(self._below.stack.tiers)
-                among = [at for at, tier in tiers if tier.name in forgotten.places]
-            if among is None or among:
-                groups = range(len(self._ledgers))
-                stored = [stored_key(key, group) for key in part for group in groups]
-                self._below.add_to_deletion(forgotten.deletion, stored, among)
-
-    def _close_forgotten(self) -> None:
-        for forgotten in [one for one in self._begun if not one.left]:
-            self._begun.remove(forgotten)
-            forgotten.deletion.end_job()
-
-    def _forget_here(self, forgotten: Forgotten, keys: Sequence[BlockKey]) -> None:
-        if self.holds:
-            self.holds.let_go(keys)
-        forgotten.num_in_use += self.num_in_use(keys)
-        for group, ledger in enumerate(self._ledgers):
-            blocks = [block for key in keys if (block := ledger.get(key)) is not None]
-            if not blocks:
-                continue
-            forgotten.num_device_bytes += ledger.num_bytes(blocks, self._places.spec.block_size)
-            if self._below is not None:
-                self._below.before_forgetting(group, blocks)
-            freed = self._places.forget(group, blocks)
-            forgotten.num_places += len(blocks)
-            forgotten.num_held_places += len(blocks) - len(freed)
-
-    def _note_copied(self, key: BlockKey, labels: bytes) -> None:
-        assert self._below is not None
-        self._below.relabels.note(key, labels)
-        known = self.lifetimes.register.get(key)
-        if known is not None and known.pins:
-            self._below.holds.hold((key,))
+    def _revive(self, keys: Sequence[BlockKey]) -> None:
+        """A request has computed these anew, some of them before they were given up."""
+        buried = [key for key in keys if self.lifetimes.register.is_buried(key)]
+        if buried:
+            self.forgetting.revive(buried)
+            self._rank(buried, DEFAULT_RANK)
 
     def _may_write(self, stored: StoredKey) -> bool:
         """Whether an object may go down: not while it is being deleted, nor once it has expired."""
@@ -307,16 +209,20 @@ class Upkeep:
             return False
         return not self.is_dead(key)
 
-    def _admit(self, entry: Entry, lease: Lease | None, number: int, labels: bytes) -> str | None:
+    def _admit(
+        self, entry: Entry, at: int, lease: Lease | None, number: int, labels: bytes
+    ) -> str | None:
         """Judge a block that has come from a tier, and let the request that waits for it use it."""
         assert self._below is not None
+        if self.lifetimes.register.is_buried(entry.key):
+            return "invalidated"
         arrival = self.lifetimes.arrive(entry.key, entry.namespace, labels)
         if arrival.refusal is not None:
             if arrival.is_final:
-                self.forget((entry.key,), arrival.refusal)
+                self.forgetting.at_once((entry.key,), arrival.refusal)
             return arrival.refusal
         if labels:
-            self._below.relabels.note(entry.key, labels)
+            self._below.relabels.note(entry.key, labels, at)
         self.apply(arrival.changes)
         if lease is not None:
             self.use(lease.claim, lease.chain, (number,), is_new=False)
@@ -331,6 +237,14 @@ class Upkeep:
             self._rank((key,), labels.priority)
         if labels.pins:
             self.holds.hold((key,))
+
+    def _is_in_use(self, key: BlockKey) -> bool:
+        return bool(self.forgetting.num_in_use((key,)))
+
+    def _demote(self, below: Hierarchy, keys: Collection[BlockKey]) -> None:
+        for group, ledger in enumerate(self._ledgers):
+            blocks = [block for key in keys if (block := ledger.get(key)) is not None]
+            below.before_eviction(group, blocks, [ledger.entry_of(block) for block in blocks])
 
     def _rank_of(self, key: BlockKey) -> int:
         labels = self.lifetimes.register.get(key)

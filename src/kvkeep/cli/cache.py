@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from kvkeep.cli.cache_change import change_commands
+from kvkeep.cli.cache_folder import opened_folder
 from kvkeep.cli.cache_lint import lint
 from kvkeep.cli.cache_look import look_commands
 from kvkeep.cli.console import EXIT_CHECK_FAILED, Command, emit_json, stdout, working
@@ -13,9 +14,6 @@ from kvkeep.cli.options import json_option
 from kvkeep.config.sizes import format_bytes
 
 __all__ = ["cache"]
-
-# Of a tier that is only looked at: nothing is to be evicted.
-_ANY_CAPACITY = 2**62
 
 
 @click.group()
@@ -35,10 +33,8 @@ def verify(ctx: click.Context, /, *, folder: Path, repair: bool, as_json: bool) 
     verified or not: this is to know the state of a disk.
     """
     from kvkeep.tiers.audit import audit
-    from kvkeep.tiers.disk import DiskTier
 
-    with working(f"reading {folder}"), DiskTier(folder, _ANY_CAPACITY) as tier:
-        tier.wait_until_verified(60.0)
+    with working(f"reading {folder}"), opened_folder(folder) as tier:
         report = audit(tier, repair=repair)
     if as_json:
         wrong = [{"key": one.key.hex(), "reason": one.reason} for one in report.wrong]

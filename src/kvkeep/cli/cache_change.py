@@ -1,6 +1,5 @@
 """`kvkeep cache warm|pin|unpin|rm|clear|export|import`: orders, to a server or about a folder of blocks."""
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import click
 
 from kvkeep.cli.cache_folder import Chosen, folder_purge
-from kvkeep.cli.cache_look import folder_option, prompt_body
+from kvkeep.cli.cache_look import folder_option
 from kvkeep.cli.cache_tables import show_purge
 from kvkeep.cli.client import (
     RefusedError,
@@ -22,6 +21,7 @@ from kvkeep.cli.client import (
 )
 from kvkeep.cli.console import (
     EXIT_CHECK_FAILED,
+    EXIT_INTERRUPTED,
     emit_json,
     format_seconds,
     show_error,
@@ -30,9 +30,12 @@ from kvkeep.cli.console import (
 )
 from kvkeep.cli.options import json_option
 from kvkeep.config.sizes import format_bytes
+from kvkeep.config.warm import WarmPrompt, prompt_fields, read_prompts
 
 __all__ = ["change_commands"]
 
+# What a context has beyond its prompt.
+_ONLY_KEPT = ("ttl", "tags", "pin")
 salt_option = click.option("--salt", help="As the requests of one tenant.")
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Say what would be done, and do nothing."
@@ -59,15 +62,15 @@ def warm(ctx: click.Context, /, *, file: str, as_json: bool, dry_run: bool, **op
     known of each.
     """
     client, rows, num_failed = client_of(options), [], 0
-    entries = list(_entries(file, options))
-    with working(f"0 of {len(entries)}") as say:
-        for number, entry in enumerate(entries, 1):
+    prompts = _prompts(file, options)
+    with working(f"0 of {len(prompts)}") as say:
+        for number, one in enumerate(prompts, 1):
             try:
-                rows.append(_warm_one(client, entry, dry_run=dry_run))
+                rows.append(_warm_one(client, one, dry_run=dry_run))
             except RefusedError as error:
                 num_failed += 1
-                show_error(f"{entry['name']}: {error}")
-            say(f"{number} of {len(entries)}: {entry['name']}")
+                show_error(f"{one.place or file}: {one.name}: {error}")
+            say(f"{number} of {len(prompts)}: {one.name}")
     if as_json:
         emit_json({"object": "list", "data": rows, "failed": num_failed, "dry_run": dry_run})
     else:
@@ -77,49 +80,19 @@ def warm(ctx: click.Context, /, *, file: str, as_json: bool, dry_run: bool, **op
         ctx.exit(EXIT_CHECK_FAILED)
 
 
-def _entries(file: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The bodies of the requests that make the contexts of a file."""
-    common = {name: options[name] for name in ("ttl", "salt") if options[name] is not None}
-    common |= {"tags": list(options["tags"])} if options["tags"] else {}
-    common |= {"pin": True} if options["pin"] else {}
-    path = Path(file)
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(_text(file).splitlines(), 1):
-            if line.strip():
-                yield _catalogue_entry(file, number, line, common)
-        return
-    if file == "-" or path.suffix != ".json":
-        prompt: dict[str, Any] = {"prompt": _text(file)}
-    else:
-        prompt = prompt_body(read_json_file(file))
-    yield {"name": options["name"] or path.stem, **prompt, **common}
+def _prompts(file: str, options: dict[str, Any]) -> list[WarmPrompt]:
+    kept = {name: options[name] for name in ("ttl", "tags", "pin", "salt") if options[name]}
+    if file != "-":
+        return list(read_prompts(Path(file), name=options["name"], kept=kept))
+    name = options["name"] or file
+    return [WarmPrompt(name=name, fields={"prompt": sys.stdin.read(), **kept})]
 
 
-def _catalogue_entry(file: str, number: int, line: str, common: dict[str, Any]) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise click.UsageError(f"{file}, line {number} is no JSON: {error}") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise click.UsageError(f"{file}, line {number} has no name; every entry needs one")
-    own = {name: entry[name] for name in ("ttl", "tags", "pin", "salt") if name in entry}
-    return {"name": entry["name"], **prompt_body(entry), **common, **own}
-
-
-def _text(file: str) -> str:
-    try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"{file} cannot be read as text ({error})") from error
-
-
-def _warm_one(client: ServerClient, entry: dict[str, Any], *, dry_run: bool) -> dict[str, Any]:
+def _warm_one(client: ServerClient, one: WarmPrompt, *, dry_run: bool) -> dict[str, Any]:
     if not dry_run:
-        return client.post("/v1/cache/contexts", entry)
-    asked = {
-        name: value for name, value in entry.items() if name not in ("name", "ttl", "tags", "pin")
-    }
-    return {"name": entry["name"], **client.post("/v1/cache/lookup", asked)}
+        return client.post("/v1/cache/contexts", {"name": one.name, **one.fields})
+    asked = {name: value for name, value in one.fields.items() if name not in _ONLY_KEPT}
+    return {"name": one.name, **client.post("/v1/cache/lookup", asked)}
 
 
 def _warm_line(row: dict[str, Any]) -> str:
@@ -151,7 +124,7 @@ def pin(*, name: str, file: str | None, as_json: bool, **options: Any) -> None:
     targets = {"session": options["session"], "context": options["context"]}
     body |= {what: value for what, value in targets.items() if value is not None}
     if file is not None:
-        body |= prompt_body(read_json_file(file))
+        body |= prompt_fields(read_json_file(file))
     if len(body) == 1:
         body["context"] = name
     if options["salt"] is not None:
@@ -241,7 +214,7 @@ def _removed(client: ServerClient, options: dict[str, Any]) -> Iterator[dict[str
         if options[name] is not None:
             body[name] = options[name]
     if options["file"] is not None:
-        body["prefix"] = prompt_body(read_json_file(options["file"]))
+        body["prefix"] = prompt_fields(read_json_file(options["file"]))
         body["prefix"] |= {} if salt is None else {"salt": salt}
     if body:
         yield client.post("/v1/cache/purge", body | _common(options))
@@ -274,17 +247,29 @@ def clear(*, folder: Path | None, yes: bool, as_json: bool, **options: Any) -> N
     is_asked = not (yes or options["dry_run"])
     if is_asked:
         would = _cleared(folder, options, dry_run=True)
-        click.confirm(
+        question = (
             f"{what}: {would['deleted']:,} blocks, {format_bytes(would['freed_bytes'])} would be "
-            "forgotten. Go on?",
-            abort=True,
-            err=True,
+            "forgotten. Go on?"
         )
+        _confirm(question)
     receipt = _cleared(folder, options, dry_run=options["dry_run"])
     if as_json:
         emit_json(receipt)
     else:
         show_purge(receipt)
+
+
+def _confirm(question: str) -> None:
+    """End the command unless the answer is yes."""
+    context = click.get_current_context()
+    try:
+        if click.confirm(question, err=True):
+            return
+    except click.Abort:
+        click.echo("\nnothing was removed; --yes asks no question", err=True)
+        context.exit(EXIT_INTERRUPTED)
+    click.echo("nothing was removed", err=True)
+    context.exit(EXIT_CHECK_FAILED)
 
 
 def _cleared(folder: Path | None, options: dict[str, Any], *, dry_run: bool) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """What lies in a folder of blocks, without a server: listed, counted and forgotten by its labels.
 
-A server that uses the folder at the same time learns of what is deleted; see kvkeep.tiers.disk.
+A server that uses the folder at the same time reads of a purge in the folder's journal, and forgets what it
+means on its device and in its other tiers as well.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from string import hexdigits
 from time import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +22,23 @@ if TYPE_CHECKING:
     from kvkeep.spec import StoredKey
     from kvkeep.tiers.disk import DiskTier
 
-__all__ = ["Chosen", "folder_groups", "folder_purge", "folder_show", "folder_state"]
+__all__ = [
+    "Chosen",
+    "folder_groups",
+    "folder_purge",
+    "folder_show",
+    "folder_state",
+    "opened_folder",
+]
 
 # Of a tier that is only looked at: nothing is to be evicted.
 _ANY_CAPACITY = 2**62
 _VERIFY_S = 60.0
 _PLACE = "disk"
 _KEY_BYTES = 32
+_LEAST_DIGITS = 8
+# A folder that a tier has had holds the blocks, and beside them at least one of these.
+_BLOCKS, _BESIDE_BLOCKS = "objects", ("index.sqlite", "ledger", "quarantine")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +65,7 @@ class _Stored:
 
 def folder_state(folder: Path) -> dict[str, Any]:
     """What is there, in the form in which a server says it of a tier."""
-    with _opened(folder) as tier:
+    with opened_folder(folder) as tier:
         found = list(_objects(tier))
     used = sum(one.num_bytes for one in found)
     state = {
@@ -70,7 +82,7 @@ def folder_state(folder: Path) -> dict[str, Any]:
 
 def folder_groups(folder: Path, *, session: str | None, tag: str | None) -> list[dict[str, Any]]:
     """Blocks that bear the same labels as one row, the largest first."""
-    with _opened(folder) as tier:
+    with opened_folder(folder) as tier:
         found = [one for one in _objects(tier) if _has(one, session, tag)]
     rows: dict[tuple[object, ...], dict[str, Any]] = {}
     blocks: dict[tuple[object, ...], set[bytes]] = {}
@@ -90,17 +102,18 @@ def folder_groups(folder: Path, *, session: str | None, tag: str | None) -> list
 
 
 def folder_show(folder: Path, key: str) -> dict[str, Any]:
-    """One block by its key in hex, without or with the number of a KV group."""
-    wanted = _key(key)
-    with _opened(folder) as tier:
-        found = [one for one in _objects(tier) if one.key.startswith(wanted)]
+    """One block by its key in hex, without or with the number of a KV group, or by its first digits."""
+    with opened_folder(folder) as tier:
+        stored = list(_objects(tier))
+    wanted = _key(key, stored)
+    found = [one for one in stored if one.key.startswith(wanted)]
     if not found:
         raise click.UsageError(
             f"{folder} has no block {key}; kvkeep cache verify reads all of them"
         )
     row = _row(found[0].labels)
     return {
-        "id": key,
+        "id": wanted.hex(),
         "objects": [one.key.hex() for one in found],
         "bytes": sum(one.num_bytes for one in found),
         **{name: row[name] for name in ("sessions", "shared", "tags", "pins", "expires_at")},
@@ -113,7 +126,6 @@ def folder_purge(folder: Path, chosen: Chosen, *, dry_run: bool) -> dict[str, An
     When a block was last used is in no folder: `unused_for` counts from when it was computed.
     """
     now_s = time()
-    keys = [_key(key) for key in chosen.keys]
     before_s = min(
         [
             now_s - parse_duration(field, value)
@@ -125,15 +137,17 @@ def folder_purge(folder: Path, chosen: Chosen, *, dry_run: bool) -> dict[str, An
         ],
         default=float("inf"),
     )
-    is_narrow = bool(keys or chosen.sessions or chosen.tags or before_s < float("inf"))
+    is_narrow = bool(chosen.keys or chosen.sessions or chosen.tags or before_s < float("inf"))
     if not (is_narrow or chosen.everything):
         raise click.UsageError("nothing is chosen; give KEY, --session, --tag or an age")
-    with _opened(folder) as tier:
-        meant = [one for one in _objects(tier) if _is_meant(one, chosen, keys, before_s)]
+    with opened_folder(folder) as tier:
+        stored = list(_objects(tier))
+        keys = [_key(key, stored) for key in chosen.keys]
+        meant = [one for one in stored if _is_meant(one, chosen, keys, before_s)]
         pinned = [] if chosen.include_pinned else [one for one in meant if _is_pinned(one)]
         spared = {one.key for one in pinned}
         going = [one for one in meant if one.key not in spared]
-        num_objects = len(going) if dry_run else tier.delete([one.key for one in going])
+        num_objects = len(going) if dry_run else _delete(folder, tier, going)
     return {
         "object": "cache.purge",
         "matched": _num_blocks(meant),
@@ -142,17 +156,35 @@ def folder_purge(folder: Path, chosen: Chosen, *, dry_run: bool) -> dict[str, An
         "skipped_pinned": _num_blocks(pinned),
         "skipped_in_use": 0,
         "tiers": {_PLACE: num_objects},
+        "not_reached": [],
         "dry_run": dry_run,
     }
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator["DiskTier"]:
+def opened_folder(folder: Path) -> Iterator["DiskTier"]:
+    """The tier of a folder. Raises UsageError, and writes nothing, where no tier has had the folder."""
     from kvkeep.tiers.disk import DiskTier
 
+    has_books = any((folder / name).exists() for name in _BESIDE_BLOCKS)
+    if not (has_books and (folder / _BLOCKS).is_dir()):
+        raise click.UsageError(f"{folder} is no folder of blocks; give that of a disk tier")
     with DiskTier(folder, _ANY_CAPACITY) as tier:
         tier.wait_until_verified(_VERIFY_S)
         yield tier
+
+
+def _delete(folder: Path, tier: "DiskTier", going: Sequence[_Stored]) -> int:
+    """Forget objects, and let servers that use the folder know; how many there were."""
+    from kvkeep.cache.lifetimes import Query
+    from kvkeep.cache.lifetimes.journal import PurgeJournal
+    from kvkeep.spec import BlockKey
+
+    journal, keys = PurgeJournal(folder), frozenset(BlockKey(one.key[:-1]) for one in going)
+    purge_id = journal.begin(Query(keys=keys, include_pinned=True), time())
+    num_deleted = tier.delete([one.key for one in going])
+    journal.finish(purge_id)
+    return num_deleted
 
 
 def _objects(tier: "DiskTier") -> Iterator[_Stored]:
@@ -164,16 +196,22 @@ def _objects(tier: "DiskTier") -> Iterator[_Stored]:
         yield _Stored(one.key, one.num_bytes, labels)
 
 
-def _key(text: str) -> bytes:
-    try:
-        key = bytes.fromhex(text)
-    except ValueError:
-        key = b""
-    if not _KEY_BYTES <= len(key) <= _KEY_BYTES + 1:
+def _key(text: str, stored: Sequence[_Stored]) -> bytes:
+    """The key that `text` writes, or begins to write where one block alone begins so."""
+    is_whole = len(text) in (2 * _KEY_BYTES, 2 * _KEY_BYTES + 2)
+    is_hex = all(digit in hexdigits for digit in text)
+    if not (is_hex and (is_whole or _LEAST_DIGITS <= len(text) < 2 * _KEY_BYTES)):
         raise click.UsageError(
-            f"KEY={text!r:.80} is no key of a block; give its {2 * _KEY_BYTES} hex digits"
+            f"KEY={text!r:.80} is no key of a block; give its {2 * _KEY_BYTES} hex digits, or the first "
+            f"{_LEAST_DIGITS} or more"
         )
-    return key
+    if is_whole:
+        return bytes.fromhex(text)
+    blocks = {one.key[:_KEY_BYTES] for one in stored if one.key.hex().startswith(text.lower())}
+    if len(blocks) != 1:
+        found = "no block" if not blocks else f"{len(blocks)} blocks"
+        raise click.UsageError(f"KEY={text!r} begins {found}; kvkeep cache ls --json has all keys")
+    return bytes(blocks.pop())
 
 
 def _has(one: _Stored, session: str | None, tag: str | None) -> bool:

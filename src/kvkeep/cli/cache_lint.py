@@ -37,7 +37,7 @@ def lint(
     each is compared with the one before it, so that two requests of one program tell more than one. "-" is
     stdin. The exit code is 1 when something breaks reuse for certain.
     """
-    from kvkeep.cache.explain import Severity, lint_request
+    from kvkeep.cache.explain import PROMPT_FIELDS, Severity, lint_request
 
     count, template = (None, None) if model is None else _tokenizer_of(model)
     found: list[tuple[str, Finding]] = []
@@ -46,6 +46,10 @@ def lint(
         request = read_json_file(file)
         if not isinstance(request, dict):
             raise click.UsageError(f"{file} is no request; it has to be a JSON object")
+        if not any(request.get(name) for name in PROMPT_FIELDS):
+            raise click.UsageError(
+                f"{file} has no prompt; a request needs messages, prompt, input, system or instructions"
+            )
         findings = lint_request(request, count, earlier=earlier, template=template)
         found += [(file, one) for one in findings]
         earlier = request

@@ -18,10 +18,10 @@ from kvkeep.cli.client import (
 )
 from kvkeep.cli.console import emit_json, stdout
 from kvkeep.cli.options import json_option
+from kvkeep.config.warm import prompt_fields
 
-__all__ = ["folder_option", "look_commands", "prompt_body"]
+__all__ = ["folder_option", "look_commands"]
 
-_REQUEST_FIELDS = ("messages", "prompt", "token_ids", "tools", "chat_template_kwargs")
 folder_option = click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -91,6 +91,7 @@ def _listed(kind: str | None, limit: int, options: dict[str, Any]) -> list[dict[
 @click.argument("name")
 @click.option("--session", "kind", flag_value="sessions", help="NAME is a session.")
 @click.option("--context", "kind", flag_value="contexts", help="NAME is a context.")
+@click.option("--text", is_flag=True, help="Of a block also its text, where the server knows it.")
 @salt_option
 @folder_option
 @server_options
@@ -102,12 +103,16 @@ def show(
 
     NAME is the key of a block in hex, a session or a context.
     """
+    if options["text"] and (folder is not None or kind is not None):
+        raise click.UsageError("--text is of a block of a server; leave --folder and its kind out")
     if folder is not None:
         _refuse_kinds(kind)
         found = folder_show(folder, name)
     else:
-        salt = {} if kind is None else {"salt": options["salt"]}
-        found = client_of(options).get(path_of("v1", "cache", kind or "entries", name), **salt)
+        asked = {"salt": options["salt"]}
+        if options["text"]:
+            asked["include"] = "text"
+        found = client_of(options).get(path_of("v1", "cache", kind or "entries", name), **asked)
     if as_json:
         emit_json(found)
         return
@@ -143,24 +148,13 @@ def lookup(*, file: str | None, prompt: str | None, as_json: bool, **options: An
     """
     if (file is None) == (prompt is None):
         raise click.UsageError("give FILE or --prompt")
-    body = {"prompt": prompt} if file is None else prompt_body(read_json_file(file))
+    body = {"prompt": prompt} if file is None else prompt_fields(read_json_file(file))
     given = {name: options[name] for name in ("session", "salt") if options[name] is not None}
     known = client_of(options).post("/v1/cache/lookup", {**body, **given})
     if as_json:
         emit_json(known)
     else:
         show_known(known)
-
-
-def prompt_body(request: object) -> dict[str, Any]:
-    """Of a request the fields that make its prompt. Raises UsageError where there are none."""
-    if isinstance(request, dict):
-        body = {name: request[name] for name in _REQUEST_FIELDS if request.get(name) is not None}
-        if isinstance(body.get("prompt"), list):
-            body["token_ids"] = body.pop("prompt")
-        if body.keys() & {"messages", "prompt", "token_ids"}:
-            return body
-    raise click.UsageError("the request has no prompt; it needs messages, prompt or token_ids")
 
 
 @click.command(cls=ServerCommand)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.table import Table
+from rich.cells import cell_len
 from rich.text import Text
 
 from kvkeep.cli.console import stdout
@@ -20,25 +20,64 @@ __all__ = [
     "since",
 ]
 
+_GAP = "  "
+# A text that is cut keeps as many characters.
+_LEAST_WIDTH = 8
+_SHOWN_DIGITS = 12
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str) -> None:
-    """A table; numbers to the right. `empty` where there are no rows."""
+    """A table of one line a row; numbers to the right, "-" for None. `empty` where there are no rows.
+
+    In a terminal the longest texts are cut until a line fits; for programs nothing is.
+    """
     out = stdout()
     if not rows:
         out.print(empty)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for at, column in enumerate(columns):
-        is_number = all(isinstance(row[at], int | float) for row in rows)
-        # Names are there to be copied: they stay in one piece.
-        table.add_column(
-            column, justify="right" if is_number else "left", overflow="fold", no_wrap=not at
-        )
-    for row in rows:
-        table.add_row(*(Text(f"{one:,}" if isinstance(one, int) else str(one)) for one in row))
-    out.print(table)
+    cells = [[_cell(one) for one in row] for row in rows]
+    lines = [list(columns), *cells]
+    widths = [max(cell_len(line[at]) for line in lines) for at in range(len(columns))]
+    natural = list(widths)
+    are_numbers = [
+        all(row[at] is None or isinstance(row[at], int | float) for row in rows)
+        for at in range(len(columns))
+    ]
+    if out.is_terminal:
+        _shrink(widths, [at for at, one in enumerate(are_numbers) if not one], out.width)
+    for number, line in enumerate(lines):
+        style = "" if number else "bold"
+        out.print(_line(line, widths, are_numbers), style=style, soft_wrap=True)
+    if widths != natural:
+        out.print("[dim]names are cut to fit; in a pipe, or with --json, they are whole[/dim]")
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _shrink(widths: list[int], cuttable: Sequence[int], width: int) -> None:
+    """Make the widest of the `cuttable` columns narrower until a line fits, or nothing more can go."""
+    while sum(widths) + len(_GAP) * (len(widths) - 1) > width:
+        widest = max(cuttable, key=lambda at: widths[at], default=None)
+        if widest is None or widths[widest] <= _LEAST_WIDTH:
+            return
+        widths[widest] -= 1
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], are_numbers: Sequence[bool]) -> Text:
+    shown = []
+    for cell, width, is_number in zip(cells, widths, are_numbers, strict=True):
+        text = Text(cell)
+        text.truncate(width, overflow="ellipsis")
+        text.align("right" if is_number else "left", width)
+        shown.append(text)
+    line = Text(_GAP).join(shown)
+    line.rstrip()
+    return line
 
 
 def show_state(state: Mapping[str, Any]) -> None:
@@ -92,7 +131,12 @@ def show_groups(groups: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_kind(kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Sessions, contexts, pins or blocks, each a row."""
+    """Sessions, contexts, pins or blocks, each a row.
+
+    In a terminal keys of blocks are shown by their first digits, which other commands take for the whole.
+    """
+    if kind == "blocks" and stdout().is_terminal:
+        rows = [{**one, "id": one["id"][:_SHOWN_DIGITS]} for one in rows]
     cell_of = _KIND_TO_CELLS[kind]
     columns = list(cell_of)
     cells = [[cell(one) for cell in cell_of.values()] for one in rows]
@@ -122,6 +166,9 @@ _KIND_TO_CELLS: dict[str, _Cells] = {
         "pin": lambda one: one["name"],
         "blocks": lambda one: one["blocks"],
         "on the device": lambda one: one["blocks_on_device"],
+        "in tiers": lambda one: ", ".join(
+            f"{tier} {count}" for tier, count in one["tiers"].items()
+        ),
     },
     "blocks": {
         "block": lambda one: one["id"],
@@ -169,6 +216,9 @@ def show_purge(receipt: Mapping[str, Any]) -> None:
     if receipt["skipped_in_use"]:
         parts.append(f"{receipt['skipped_in_use']:,} stay with running requests alone")
     parts += [f"{count:,} objects in {name}" for name, count in receipt["tiers"].items() if count]
+    parts += [
+        f"{name} does not answer and is told later" for name in receipt.get("not_reached", ())
+    ]
     stdout().print("; ".join(parts), soft_wrap=True)
 
 

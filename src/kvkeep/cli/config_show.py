@@ -1,5 +1,6 @@
 """`kvkeep config show`: the settings as flags, environment and file make them, and where each is from."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -8,9 +9,14 @@ import click
 from kvkeep.cli.cache_tables import show_rows
 from kvkeep.cli.console import Command, emit_json
 from kvkeep.cli.options import capacity_options, format_options, json_option
+from kvkeep.cli.serve_options import server_flags, server_options
 from kvkeep.cli.tier_options import load_given, tier_options
+from kvkeep.config.server import SECRET_FIELDS, ServerSettings, server_kinds
+from kvkeep.config.sources import LoadedSettings
 
 __all__ = ["config"]
+
+_HIDDEN = "***"
 
 
 @click.group()
@@ -23,19 +29,18 @@ def config() -> None:
 @capacity_options
 @format_options
 @tier_options
+@server_options
 @json_option
 @click.pass_context
 def show(ctx: click.Context, /, *, origins: bool, as_json: bool, **options: Any) -> None:
-    """Print the settings that a command with these options would run with.
+    """Print the settings that a command with these options would run with, keys and passwords hidden.
 
     Flags rule over the environment (KVKEEP_...), that over the file that --config or KVKEEP_CONFIG names, and
-    that over the defaults.
+    that over the defaults. Only `kvkeep serve` reads those of a server.
     """
-    loaded = load_given(ctx)
-    names = [field.name for field in fields(loaded.engine)]
-    values: dict[str, object] = {name: getattr(loaded.engine, name) for name in names}
-    # As text a table is without its passwords.
-    values["tiers"] = [repr(table) for table in loaded.tiers]
+    loaded = load_given(ctx, server_flags(ctx))
+    values = _engine_values(loaded) | _server_values(loaded.server)
+    values["warm"] = [str(table.options.get("name") or table.place) for table in loaded.warm]
     places = {name: str(loaded.name_to_origin[name]) for name in values}
     if as_json:
         shown: dict[str, object] = {"settings": values}
@@ -45,6 +50,28 @@ def show(ctx: click.Context, /, *, origins: bool, as_json: bool, **options: Any)
     columns = ["setting", "value", "from"]
     width = 3 if origins else 2
     show_rows(columns[:width], [row[:width] for row in rows], empty="no settings")
+
+
+def _engine_values(loaded: LoadedSettings) -> dict[str, object]:
+    names = [field.name for field in fields(loaded.engine)]
+    values: dict[str, object] = {name: getattr(loaded.engine, name) for name in names}
+    # As text a table is without its passwords.
+    return values | {"tiers": [repr(table) for table in loaded.tiers]}
+
+
+def _server_values(given: Mapping[str, object]) -> dict[str, object]:
+    """All fields of a server, as texts, numbers and lists."""
+    values: dict[str, object] = {}
+    for field in fields(ServerSettings):
+        value = given.get(field.name, field.default)
+        if field.name in SECRET_FIELDS and value is not None:
+            value = [_HIDDEN] * len(value) if isinstance(value, tuple) else _HIDDEN
+        if isinstance(value, tuple):
+            value = list(value)
+        if field.name in server_kinds():
+            is_plain = value is None or isinstance(value, int | float | list)
+            values[field.name] = value if is_plain else str(value)
+    return values
 
 
 def _written(value: object) -> str:

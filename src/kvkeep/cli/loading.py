@@ -9,6 +9,8 @@ from kvkeep.cli.console import working
 from kvkeep.cli.options import num_threads_for
 from kvkeep.cli.tier_options import load_given, tiers_of
 from kvkeep.config import EngineSettings, SamplingParams
+from kvkeep.config.sources import LoadedSettings
+from kvkeep.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvkeep.llm import LLM
@@ -27,11 +29,11 @@ def open_llm(options: Mapping[str, Any]) -> "LLM":
     settings = load_given(click.get_current_context())
     tiers = tiers_of(settings)
     with working(f"loading torch and {options['model']}"):
-        return load_llm(options, settings.engine, tiers)
+        return load_llm(options, settings, tiers)
 
 
 def load_llm(
-    options: Mapping[str, Any], settings: EngineSettings, tiers: "Sequence[TierSettings]"
+    options: Mapping[str, Any], settings: LoadedSettings, tiers: "Sequence[TierSettings]"
 ) -> "LLM":
     """The model that `model_options` ask for, without a word; for any thread."""
     # Not before they are needed: --help and usage errors stay quick.
@@ -42,13 +44,16 @@ def load_llm(
     num_threads = num_threads_for(options["model"], options["threads"])
     if num_threads is not None:
         torch.set_num_threads(num_threads)  # of this process, which serves this model alone
-    return LLM(
-        options["model"],
-        dtype=options["dtype"],
-        device=options["device"],
-        settings=settings,
-        tiers=tiers,
-    )
+    try:
+        return LLM(
+            options["model"],
+            dtype=options["dtype"],
+            device=options["device"],
+            settings=settings.engine,
+            tiers=tiers,
+        )
+    except ConfigError as error:
+        raise settings.blamed(error) from error
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:

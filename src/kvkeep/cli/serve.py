@@ -3,10 +3,8 @@
 import logging
 import resource
 import sys
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -20,18 +18,14 @@ from kvkeep.cli.options import (
     format_options,
     threads_option,
 )
-from kvkeep.cli.serve_options import server_options, server_settings
+from kvkeep.cli.serve_options import server_flags, server_options, server_settings
 from kvkeep.cli.tier_options import load_given, tier_options, tiers_of
-
-if TYPE_CHECKING:
-    from kvkeep.tiers import TierSettings
 
 __all__ = ["serve"]
 
 _MOST_FILES = 65_536
 # What tiers, models and logs have open beside the connections.
 _OTHER_FILES = 512
-_SECRET = ".server-secret"  # noqa: S105  the name of a file
 
 
 @click.command(cls=Command)
@@ -50,29 +44,20 @@ def serve(**options: Any) -> None:
     a line for every request, never what was in it. SIGTERM and Ctrl-C stop it in order: no new requests,
     those that run may finish, and the cache is written to the tiers that keep it.
     """
-    loaded = load_given(click.get_current_context())
+    context = click.get_current_context()
+    loaded = load_given(context, server_flags(context))
     tiers = tiers_of(loaded)
-    settings = server_settings(options, secret_file=_secret_file(tiers))
+    settings = server_settings(loaded, tiers)
     _log_to_stderr(settings.log_format)
     # Not before they are needed: --help and usage errors stay quick.
     from kvkeep.server.http_server import HttpServer
     from kvkeep.server.service import Service
 
-    load = partial(load_llm, options, loaded.engine, tiers)
+    load = partial(load_llm, options, loaded, tiers)
     service = Service(load, settings, model_id=options["model"])
     HttpServer(service, max_connections=_allow_files() - _OTHER_FILES).run()
     if service.failure is not None:
         raise service.failure
-
-
-def _secret_file(tiers: "Sequence[TierSettings]") -> Path:
-    """Beside the blocks that it belongs to, where there is a folder of them."""
-    for tier in tiers:
-        folder = getattr(tier, "folder", None)
-        if isinstance(folder, str | Path):
-            path = Path(folder).expanduser().absolute()
-            return path.with_name(path.name + _SECRET)
-    return Path("~/.cache").expanduser() / f"kvkeep{_SECRET}"
 
 
 def _allow_files() -> int:

@@ -1,22 +1,25 @@
-"""Options of `kvkeep serve` that are fields of ServerSettings, and where keys come from."""
+"""Options of `kvkeep serve` that are fields of ServerSettings, and the settings that they and others make."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import click
 
-from kvkeep.config.durations import parse_duration
-from kvkeep.config.sizes import format_bytes, parse_bytes
+from kvkeep.cli.tier_options import is_given
+from kvkeep.config.server import ServerSettings, server_kinds
+from kvkeep.config.sizes import format_bytes
+from kvkeep.config.sources import LoadedSettings
 from kvkeep.errors import ConfigError
-from kvkeep.server.settings import ServerSettings
+from kvkeep.tiers.settings import TierSettings
 
-__all__ = ["server_options", "server_settings"]
+__all__ = ["server_flags", "server_options", "server_settings"]
 
 _Command = Callable[..., Any]
-# By the name of the field they fill; a file or the environment may hold keys as well.
+# Files beside the blocks that they belong to.
+_SECRET, _CONTEXTS = ".server-secret", ".contexts"
+# By the name of the field they fill.
 _TIMES = {
     "request_timeout_s": "A request ends after it, finished or not.",
     "body_timeout_s": "A request must have arrived by then; who reads nothing for so long is cut off.",
@@ -76,7 +79,6 @@ def _keys() -> list[Callable[[_Command], _Command]]:
             "--api-key",
             "api_keys",
             multiple=True,
-            envvar="KVKEEP_API_KEYS",
             metavar="KEY",
             help="Asked of every request; repeatable, and every key has a cache of its own. Other users "
             "of this machine see flags: better KVKEEP_API_KEYS, keys with spaces between, or a file.",
@@ -88,19 +90,26 @@ def _keys() -> list[Callable[[_Command], _Command]]:
         ),
         click.option(
             "--admin-key",
-            envvar="KVKEEP_ADMIN_KEY",
             metavar="KEY",
-            help="Asked of requests that see or remove what is not their own.  [default: any API key]",
+            help="Asked of requests that see or remove what is not their own; better KVKEEP_ADMIN_KEY.  "
+            "[default: any API key]",
         ),
         click.option(
             "--share-between-keys",
-            is_flag=True,
+            "isolate_keys",
+            flag_value=False,
+            default=_default("isolate_keys"),
             help="All keys belong to one owner: one cache for all.",
         ),
         click.option(
             "--secret-file",
             type=click.Path(dir_okay=False, path_type=Path),
             help="Keeps what the keys' caches are told apart by.  [default: beside the disk tier]",
+        ),
+        click.option(
+            "--contexts-file",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="Keeps the names and tokens of contexts.  [default: beside the disk tier]",
         ),
     ]
 
@@ -169,38 +178,50 @@ def _records() -> list[Callable[[_Command], _Command]]:
     ]
 
 
-def server_settings(options: Mapping[str, Any], *, secret_file: Path | None) -> ServerSettings:
-    """What the options of `server_options` ask for; `secret_file` is the default of that option."""
-    names = {field.name for field in fields(ServerSettings)}
-    given = {name: options[name] for name in names if options.get(name) is not None}
-    for name in _TIMES:
-        given[name] = _seconds(name, given[name])
-    given["max_body_bytes"] = parse_bytes(
-        given["max_body_bytes"], total_bytes=_default("max_body_bytes"), field="max_body_bytes"
-    )
-    keys = (*given["api_keys"], *_keys_in(options["api_keys_file"]))
-    secret_file = given.get("secret_file", secret_file)
-    return ServerSettings(
-        **given
-        | {
-            "api_keys": keys,
-            "isolate_keys": not options["share_between_keys"],
-            # Without keys there is nobody to tell apart.
-            "secret_file": secret_file if keys else None,
-        }
-    )
+def server_flags(context: click.Context) -> dict[str, object]:
+    """The fields of ServerSettings that options of a command give, those that were typed."""
+    options = context.params
+    names = [name for name in server_kinds() if name in options and is_given(context, name)]
+    flags: dict[str, Any] = {name: options[name] for name in names}
+    if options["api_keys_file"] is not None:
+        flags["api_keys"] = (*flags.get("api_keys", ()), *_keys_in(options["api_keys_file"]))
+    return flags
 
 
-def _seconds(name: str, text: str) -> float:
-    seconds = parse_duration(name, text)
-    if not isfinite(seconds):
-        raise ConfigError(f'{name}={text!r} has no end; give a long time instead, such as "30d"')
-    return seconds
+def server_settings(loaded: LoadedSettings, tiers: Sequence[TierSettings]) -> ServerSettings:
+    """The settings of a server: those that somebody gave, and files beside the first of `tiers` on a disk.
+
+    Reads the files of [[warm]]. Raises ConfigError, naming the place of what cannot be.
+    """
+    beside = _folder(tiers)
+    given: dict[str, Any] = dict(loaded.server)
+    if not given.get("api_keys"):
+        # Without keys there is nobody to tell apart.
+        given["secret_file"] = None
+    elif "secret_file" not in given:
+        given["secret_file"] = _named(beside or Path("~/.cache/kvkeep").expanduser(), _SECRET)
+    if beside is not None:
+        given.setdefault("contexts_file", _named(beside, _CONTEXTS))
+    given["warm"] = tuple(one for table in loaded.warm for one in table.prompts())
+    try:
+        return ServerSettings(**given)
+    except ConfigError as error:
+        raise loaded.blamed(error) from error
 
 
-def _keys_in(path: Path | None) -> Sequence[str]:
-    if path is None:
-        return ()
+def _folder(tiers: Sequence[TierSettings]) -> Path | None:
+    for tier in tiers:
+        folder = getattr(tier, "folder", None)
+        if isinstance(folder, str | Path):
+            return Path(folder).expanduser().absolute()
+    return None
+
+
+def _named(folder: Path, suffix: str) -> Path:
+    return folder.with_name(folder.name + suffix)
+
+
+def _keys_in(path: Path) -> Sequence[str]:
     lines = path.read_text(encoding="utf-8").splitlines()
     keys = [line.partition("#")[0].strip() for line in lines]
     return [key for key in keys if key]

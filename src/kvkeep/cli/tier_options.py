@@ -1,6 +1,6 @@
 """Options that say where blocks are kept below the device, and where settings come from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -10,7 +10,7 @@ from kvkeep.config.sources import LoadedSettings, load_settings
 from kvkeep.tiers.floors import tier_settings
 from kvkeep.tiers.settings import TierSettings
 
-__all__ = ["load_given", "tier_options", "tiers_of"]
+__all__ = ["is_given", "load_given", "tier_options", "tiers_of"]
 
 _Command = Callable[..., Any]
 # Options of commands that are fields of EngineSettings under the same name.
@@ -36,18 +36,26 @@ def tier_options(function: _Command) -> _Command:
     return add_tiers(add_config(function))
 
 
-def load_given(context: click.Context) -> LoadedSettings:
+def load_given(
+    context: click.Context, server_flags: Mapping[str, object] | None = None
+) -> LoadedSettings:
     """Settings from the options that were given, the environment, the file, and defaults, in this order.
 
-    An option's own default does not count: it must not overrule what a file says.
+    An option's own default does not count: it must not overrule what a file says. `server_flags` are what
+    kvkeep.cli.serve_options.server_flags finds.
     """
     options = context.params
-    given = {
-        name: options[name]
-        for name in (*ENGINE_OPTIONS, "tiers")
-        if name in options and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    }
-    return load_settings(file=options.get("config"), flags=given)
+    names = [one for one in (*ENGINE_OPTIONS, "tiers") if one in options and is_given(context, one)]
+    return load_settings(
+        file=options.get("config"),
+        flags={name: options[name] for name in names} | dict(server_flags or {}),
+        name_to_flag={str(one.name): max(one.opts, key=len) for one in context.command.params},
+    )
+
+
+def is_given(context: click.Context, name: str) -> bool:
+    """Whether an option was typed."""
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def tiers_of(settings: LoadedSettings) -> Sequence[TierSettings]:

@@ -22,6 +22,10 @@ def check_name(field: str, value: object) -> None:
         raise ConfigError(
             f"{field} has {len(value)} characters; give at most {MAX_NAME_LENGTH}, such as a digest"
         )
+    if any(character < " " or "\x7f" <= character < "\xa0" for character in value):
+        raise ConfigError(
+            f"{field}={value!a:.80} has a control character (a line break?); leave it out"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -48,8 +52,9 @@ class CacheOptions:
     text covers the whole request, a TagSpan what follows a token; `name@version` replaces other versions of
     the name. `ttl` (seconds, "30m", "never"; 0: gone after the response; None: the default of the settings)
     counts from every "use", or with `ttl_counts_from="first"` from when a block was first computed; of
-    several the longest holds. `pin` keeps the prompt's blocks until they are unpinned; of blocks that nobody
-    uses those of the lowest `priority` (0 to 100) go first.
+    several the longest holds. `pin` keeps the prompt's blocks until they are unpinned: under a name, or with
+    True under one made from their content; of blocks that nobody uses those of the lowest `priority` (0 to
+    100) go first.
 
     `salt` isolates: blocks are shared only between requests of equal salt. `context` names what the session
     is about now ("auto": found out), so that what only its last context used goes first. `read=False`
@@ -61,7 +66,7 @@ class CacheOptions:
     tags: Sequence[str | TagSpan] = ()
     ttl: float | str | None = None
     ttl_counts_from: str = "use"
-    pin: bool = False
+    pin: bool | str = False
     priority: int = 50
     salt: str | None = None
     context: str | None = None
@@ -72,7 +77,9 @@ class CacheOptions:
     def __post_init__(self) -> None:
         if self.salt is not None and not isinstance(self.salt, str):
             raise ConfigError(f"salt={self.salt!r} is not a string; give text, or None to share")
-        for field in ("read", "write", "pin", "exact"):
+        if not isinstance(self.pin, bool):
+            check_name("pin", self.pin)
+        for field in ("read", "write", "exact"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(
                     f"{field}={getattr(self, field)!r} is not a bool; give True or False"
@@ -97,6 +104,11 @@ class CacheOptions:
     def tag_spans(self) -> tuple[TagSpan, ...]:
         """All tags with the token from which on they hold."""
         return tuple(TagSpan(tag=tag) if isinstance(tag, str) else tag for tag in self.tags)
+
+    @property
+    def publishes(self) -> bool:
+        """Whether the request leaves blocks behind that others may find."""
+        return self.write and self.ttl_s != 0
 
     @property
     def ttl_s(self) -> float | None:

@@ -8,12 +8,15 @@ from typing import Any, Self
 
 from kvkeep.config.durations import parse_duration
 from kvkeep.config.extensions import ExtensionGroup, find_extension
+from kvkeep.config.sizes import parse_bytes
 from kvkeep.errors import ConfigError
 from kvkeep.spec import check_format_name
 
 __all__ = ["EngineSettings"]
 
 _POLICIES = ("lru", "slru", "gdsf", "s3fifo")
+# Any will do to see whether a share of memory can be read.
+_ANY_TOTAL = 2**40
 _KERNELS = ("auto", "torch")
 _LOADING = ("measured", "always")
 _MODES = ("auto", "native", "latent", "gather", "hybrid", "dense")
@@ -40,8 +43,8 @@ class EngineSettings:
     `default_ttl` is how long blocks of requests live that do not say so (seconds, "1h", "never"; None: never
     ends), `session_ttl` after how long without use a session ends. What tiers hold counts as expired
     `max_clock_skew_s` early, for clocks of machines that differ. Pins may hold `pin_share` of the device's
-    blocks. With context="auto" a prompt that keeps less than `context_share` of its session's last chain is
-    about something else: see kvkeep.cache.lifetimes.relevance.
+    blocks. With context="auto" a prompt that keeps less than `context_share` of what its session's last
+    chain has of its own is about something else: see kvkeep.cache.lifetimes.relevance.
     """
 
     block_size: int = 32
@@ -84,6 +87,7 @@ class EngineSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field}={value!r} is not a positive integer; give at least 1")
+        parse_bytes(self.capacity, total_bytes=_ANY_TOTAL)
         _check_time(self.idle_s)
         self._check_lifetimes()
         if self.policy not in _POLICIES:

@@ -1,7 +1,8 @@
 """Values of the fields of settings, from text (environment, flags) and from TOML, checked by their types."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
 
@@ -58,12 +59,16 @@ def value_from_toml(field: str, value: object, kinds: tuple[object, ...]) -> obj
         value = tuple(value)
     if _is(value, int) and int not in kinds and float in kinds:
         value = float(cast(int, value))
+    if isinstance(value, str) and str not in kinds and Path in kinds:
+        value = _path(value)
     if not any(_is(value, kind) for kind in kinds):
         raise _problem(field, value, kinds)
     return value
 
 
 def _alternatives(hint: object) -> tuple[object, ...]:
+    if hint == Sequence[str]:
+        return (tuple[str, ...],)
     return get_args(hint) if isinstance(hint, UnionType) else (hint,)
 
 
@@ -93,6 +98,10 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def _ints(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in _words(text))
 
@@ -106,6 +115,7 @@ _READERS: dict[object, Callable[[str], Any]] = {
     tuple[int, ...]: _ints,
     tuple[str, ...]: _words,
     str: str,
+    Path: _path,
 }
 _KIND_TO_WORDS: dict[object, str] = {
     NoneType: "none",
@@ -115,6 +125,7 @@ _KIND_TO_WORDS: dict[object, str] = {
     tuple[int, ...]: "list of whole numbers",
     tuple[str, ...]: "list of names",
     str: "text",
+    Path: "path",
 }
 _KIND_TO_EXAMPLE: dict[object, str] = {
     bool: "true",
@@ -123,6 +134,7 @@ _KIND_TO_EXAMPLE: dict[object, str] = {
     tuple[int, ...]: "0,1",
     tuple[str, ...]: "reused,idle",
     str: '"2GB"',
+    Path: '"/var/lib/kvkeep"',
 }
 
 

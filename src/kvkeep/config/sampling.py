@@ -33,10 +33,15 @@ class SamplingParams:
 
     End:
         max_tokens: Most tokens of one output; 0 only fills the cache.
+        min_tokens: So many tokens come before one that ends the output can be chosen, and before a stop
+            text that is complete ends it. Not with a grammar, which alone says where its output ends.
         stop: Text, or several, that ends an output as soon as it is complete.
         stop_token_ids: Tokens that end an output.
         include_stop: Keep the stop text in the output.
         ignore_eos: Go on after the model's end-of-sequence token.
+
+    Text:
+        skip_special_tokens: Leave special tokens out of the text; the one that ends it always is.
 
     Report:
         logprobs: Number of most likely alternatives to report per token, up to 20; 0 reports the
@@ -47,6 +52,7 @@ class SamplingParams:
     """
 
     max_tokens: int = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -61,11 +67,17 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     include_stop: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     n: int = 1
 
     def __post_init__(self) -> None:
         _require_int("max_tokens", self.max_tokens, least=0)
+        _require_int("min_tokens", self.min_tokens, least=0)
+        if self.min_tokens > self.max_tokens:
+            raise ConfigError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; give less"
+            )
         _require_number("temperature", self.temperature, least=0.0, most=1000.0)
         _require_int("top_k", self.top_k, least=0)
         _require_number("top_p", self.top_p, least=0.0, most=1.0)
@@ -79,12 +91,16 @@ class SamplingParams:
         if self.logprobs is not None:
             _require_int("logprobs", self.logprobs, least=0, most=MAX_TOP_LOGPROBS)
         _require_int("n", self.n, least=1)
-        for name in ("include_stop", "ignore_eos"):
+        for name in ("include_stop", "ignore_eos", "skip_special_tokens"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ConfigError(f"{name}={value!r} is not a bool; give True or False")
         if self.grammar is not None and self.ignore_eos:
             raise ConfigError("ignore_eos=True lets no grammar end; leave one of them out")
+        if self.grammar is not None and self.min_tokens:
+            raise ConfigError(
+                f"min_tokens={self.min_tokens} keeps a grammar from ending; leave one of them out"
+            )
         _require_biases(self.logit_bias)
         _require_stop_texts(self.stop)
         _require_token_ids(self.stop_token_ids)
@@ -102,7 +118,8 @@ class SamplingParams:
     @property
     def adjusts_logits(self) -> bool:
         """Whether the choice is made from other logits than the model's own."""
-        return self.needs_history or bool(self.logit_bias) or self.grammar is not None
+        has_limits = self.grammar is not None or self.min_tokens > 0
+        return self.needs_history or bool(self.logit_bias) or has_limits
 
     @property
     def needs_history(self) -> bool:

@@ -3,42 +3,49 @@
     [engine]                     KVKEEP_CAPACITY=4GB
     capacity = "4GB"             KVKEEP_TIERS="host:4GB disk:~/.cache/kvkeep:50GB"
                                  KVKEEP_CONFIG=kvkeep.toml
-    [[tiers]]
-    kind = "disk"
-    folder = "~/.cache/kvkeep"
+    [[tiers]]                    [server]                                 KVKEEP_API_KEYS="one two"
+    kind = "disk"                port = 8010
+    folder = "~/.cache/kvkeep"   request_timeout_s = "10m"
     capacity = "50GB"
+
+                                 [[warm]]         see kvkeep.config.warm
 
 What a later source says of the tiers replaces what an earlier one said of them. An unknown name is an error.
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from kvkeep.config.engine import EngineSettings
 from kvkeep.config.fields import field_kinds, value_from_text, value_from_toml
 from kvkeep.config.nearest import nearest_hint
+from kvkeep.config.server import server_kinds, server_value
 from kvkeep.config.tier_tables import TierTable, parse_tier, parse_tiers
+from kvkeep.config.warm import WarmTable, parse_warm
 from kvkeep.errors import ConfigError
 
 __all__ = ["ENVIRONMENT_PREFIX", "LoadedSettings", "Origin", "Source", "load_settings"]
 
 ENVIRONMENT_PREFIX = "KVKEEP_"
-_TIERS = "tiers"
+_TIERS, _WARM = "tiers", "warm"
+_ENGINE, _SERVER = "engine", "server"
 _CONFIG = "KVKEEP_CONFIG"
-# Read by parts that run before there are settings, by our own build and tests, and by the server.
+# Read by parts that run before there are settings, by our own build and tests, and by clients of a server.
 _READ_ELSEWHERE = (
     "KVKEEP_ISA",
     "KVKEEP_NATIVE_LIBRARY",
     "KVKEEP_TORCH_SPEC",
     "KVKEEP_TEST_PROFILE",
-    # Of the server and its clients: keys are no settings of an engine.
-    "KVKEEP_API_KEYS",
-    "KVKEEP_ADMIN_KEY",
     "KVKEEP_URL",
+)
+# What Kubernetes tells every container of a service whose name begins with kvkeep.
+_SERVICE_LINK = re.compile(
+    r"KVKEEP_(\w+_)?(SERVICE_(HOST|PORT\w*)=|PORT_\d+_(TCP|UDP|SCTP)\w*=|PORT=(tcp|udp|sctp)://)"
 )
 
 
@@ -64,11 +71,24 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedSettings:
-    """The settings of an engine, its tiers, nearest first, and where each of these values comes from."""
+    """The settings of an engine, its tiers, nearest first, and where each of these values comes from.
+
+    `server` has the fields of ServerSettings that somebody gave, `warm` what it is to compute at its start.
+    """
 
     engine: EngineSettings
     tiers: tuple[TierTable, ...]
+    server: Mapping[str, object]
+    warm: tuple[WarmTable, ...]
     name_to_origin: Mapping[str, Origin]
+
+    def blamed(self, error: ConfigError) -> ConfigError:
+        """The error with the place where the value was written, where that is known."""
+        # Messages begin with the field: from there to the place where somebody wrote it.
+        origin = self.name_to_origin.get(str(error).partition("=")[0])
+        if origin is None or origin.source is Source.DEFAULT:
+            return error
+        return ConfigError(f"{error} (from {origin})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +102,13 @@ def load_settings(
     file: str | os.PathLike[str] | None = None,
     environment: Mapping[str, str] | None = None,
     flags: Mapping[str, object] | None = None,
+    name_to_flag: Mapping[str, str] | None = None,
 ) -> LoadedSettings:
     """Settings from a TOML file, `environment` (this process's by default) and `flags`.
 
     `file` defaults to what KVKEEP_CONFIG names. `flags` are those that were given: fields of EngineSettings
-    by name, and "tiers", a sequence of texts. Raises ConfigError, naming the place of what cannot be.
+    and ServerSettings by name, and "tiers", a sequence of texts; `name_to_flag` says how they are written,
+    where not as the field. Raises ConfigError, naming the place of what cannot be.
     """
     environment = os.environ if environment is None else environment
     file = file or environment.get(_CONFIG) or None
@@ -95,29 +117,26 @@ def load_settings(
     if file is not None:
         said.update(_from_file(Path(file).expanduser()))
     said.update(_from_environment(environment))
-    said.update(_from_flags(flags or {}))
-    tiers = said.pop(_TIERS, _Said((), Origin(Source.DEFAULT)))
+    said.update(_from_flags(flags or {}, name_to_flag or {}))
+    default = Origin(Source.DEFAULT)
+    tiers, warm = (said.pop(name, _Said((), default)) for name in (_TIERS, _WARM))
     assert isinstance(tiers.value, tuple)
-    names = [field.name for field in fields(EngineSettings)]
-    origins = {
-        name: said[name].origin if name in said else Origin(Source.DEFAULT) for name in names
-    }
-    return LoadedSettings(
-        engine=_engine(said),
+    assert isinstance(warm.value, tuple)
+    server = {name: said.pop(name) for name in server_kinds() if name in said}
+    origins = dict.fromkeys((*field_kinds(EngineSettings), *server_kinds()), default)
+    origins |= {name: one.origin for name, one in (said | server).items()}
+    loaded = LoadedSettings(
+        engine=EngineSettings(),
         tiers=tiers.value,
-        name_to_origin={**origins, _TIERS: tiers.origin},
+        server={name: one.value for name, one in server.items()},
+        warm=warm.value,
+        name_to_origin={**origins, _TIERS: tiers.origin, _WARM: warm.origin},
     )
-
-
-def _engine(said: Mapping[str, _Said]) -> EngineSettings:
     try:
-        return EngineSettings.of({name: one.value for name, one in said.items()})
+        engine = EngineSettings.of({name: one.value for name, one in said.items()})
     except ConfigError as error:
-        # Messages begin with the field: from there to the place where somebody wrote it.
-        name = str(error).partition("=")[0]
-        if name not in said:
-            raise
-        raise ConfigError(f"{error} (from {said[name].origin})") from error
+        raise loaded.blamed(error) from error
+    return replace(loaded, engine=engine)
 
 
 def _from_file(path: Path) -> dict[str, _Said]:
@@ -129,28 +148,41 @@ def _from_file(path: Path) -> dict[str, _Said]:
         ) from error
     except ValueError as error:
         raise ConfigError(f"config={str(path)!r} is no TOML: {error}; correct that line") from error
-    _refuse_unknown(document, ("engine", _TIERS), f"in {path}")
-    engine, tables = document.get("engine", {}), document.get(_TIERS, [])
-    if not isinstance(engine, dict):
-        raise ConfigError(
-            f"engine={engine!r} in {path} is no table; write [engine] above its fields"
-        )
-    kinds = field_kinds(EngineSettings)
-    _refuse_unknown(engine, kinds, f"in [engine] of {path}")
+    _refuse_unknown(document, (_ENGINE, _SERVER, _TIERS, _WARM), f"in {path}")
     said = {}
-    for name, value in engine.items():
-        origin = Origin(Source.FILE, f"engine.{name} in {path}")
-        said[name] = _Said(_checked(name, value, kinds[name], origin), origin)
+    for table, kinds in ((_ENGINE, field_kinds(EngineSettings)), (_SERVER, server_kinds())):
+        values = document.get(table, {})
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{table}={values!r} in {path} is no table; write [{table}] above its fields"
+            )
+        _refuse_unknown(values, kinds, f"in [{table}] of {path}")
+        for name, value in values.items():
+            said[name] = _said(name, value, Origin(Source.FILE, f"{table}.{name} in {path}"))
     if _TIERS in document:
-        said[_TIERS] = _Said(_tables(tables, path), Origin(Source.FILE, f"{_TIERS} in {path}"))
+        tables = _tables(document[_TIERS], path)
+        said[_TIERS] = _Said(tables, Origin(Source.FILE, f"{_TIERS} in {path}"))
+    if _WARM in document:
+        warm = parse_warm(document[_WARM], path)
+        said[_WARM] = _Said(warm, Origin(Source.FILE, f"{_WARM} in {path}"))
     return said
 
 
-def _checked(name: str, value: object, kinds: tuple[object, ...], origin: Origin) -> object:
+def _said(name: str, value: object, origin: Origin) -> _Said:
+    """A value of a file, or text of a variable or a flag, as its field has it."""
+    is_text = origin.source is not Source.FILE
+    engine, server = field_kinds(EngineSettings), server_kinds()
     try:
-        return value_from_toml(name, value, kinds)
+        if name in server:
+            value = server_value(name, value, server[name], is_text=is_text)
+        elif is_text:
+            assert isinstance(value, str)
+            value = value_from_text(name, value, engine[name])
+        else:
+            value = value_from_toml(name, value, engine[name])
     except ConfigError as error:
         raise ConfigError(f"{error} (from {origin})") from error
+    return _Said(value, origin)
 
 
 def _tables(tables: object, path: Path) -> tuple[TierTable, ...]:
@@ -171,36 +203,43 @@ def _tables(tables: object, path: Path) -> tuple[TierTable, ...]:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, _Said]:
-    kinds = field_kinds(EngineSettings)
-    variable_to_field = {ENVIRONMENT_PREFIX + name.upper(): name for name in (*kinds, _TIERS)}
-    ours = {name: text for name, text in environment.items() if name.startswith(ENVIRONMENT_PREFIX)}
+    fields = (*field_kinds(EngineSettings), *server_kinds(), _TIERS)
+    variable_to_field = {ENVIRONMENT_PREFIX + name.upper(): name for name in fields}
+    ours = {
+        name: text
+        for name, text in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and not _SERVICE_LINK.match(f"{name}={text}")
+    }
     for name in (_CONFIG, *_READ_ELSEWHERE):
         ours.pop(name, None)
     _refuse_unknown(ours, (*variable_to_field, _CONFIG, *_READ_ELSEWHERE), "in the environment")
     said = {}
     for variable, text in ours.items():
-        name = variable_to_field[variable]
-        origin = Origin(Source.ENVIRONMENT, variable)
+        name, origin = variable_to_field[variable], Origin(Source.ENVIRONMENT, variable)
+        if name != _TIERS:
+            said[name] = _said(name, text, origin)
+            continue
         try:
-            value = (
-                parse_tiers(text) if name == _TIERS else value_from_text(name, text, kinds[name])
-            )
+            said[name] = _Said(parse_tiers(text), origin)
         except ConfigError as error:
             raise ConfigError(f"{error} (from {origin})") from error
-        said[name] = _Said(value, origin)
     return said
 
 
-def _from_flags(flags: Mapping[str, object]) -> dict[str, _Said]:
-    _refuse_unknown(flags, (*field_kinds(EngineSettings), _TIERS), "among the flags")
+def _from_flags(flags: Mapping[str, object], name_to_flag: Mapping[str, str]) -> dict[str, _Said]:
+    server = server_kinds()
+    _refuse_unknown(flags, (*field_kinds(EngineSettings), *server, _TIERS), "among the flags")
     said = {}
     for name, value in flags.items():
+        place = name_to_flag.get(name, f"--{name.replace('_', '-')}")
+        origin = Origin(Source.FLAG, "--tier" if name == _TIERS else place)
         if name == _TIERS:
             assert isinstance(value, Sequence), "one text per --tier"
-            tiers = tuple(parse_tier(text) for text in value)
-            said[name] = _Said(tiers, Origin(Source.FLAG, "--tier"))
+            said[name] = _Said(tuple(parse_tier(text) for text in value), origin)
+        elif name in server:
+            said[name] = _said(name, value, origin)
         else:
-            said[name] = _Said(value, Origin(Source.FLAG, f"--{name.replace('_', '-')}"))
+            said[name] = _Said(value, origin)
     return said
 
 

@@ -136,7 +136,7 @@ class AsyncEngine:
             async with asyncio.timeout(max(drain_s, 0.0)):
                 await self._drained.wait()
         except TimeoutError:
-            _log.warning("%d requests are aborted, %g s after the stop", self.num_open, drain_s)
+            _log.warning("%d requests are aborted", self.num_open)
 
     def _enter(self, submission: "Submission") -> None:
         if not self.is_healthy:
@@ -187,6 +187,7 @@ class Submission(AsyncIterator[Piece]):
         self._owner = owner
         self._add = queue
         self._inbox: deque[Piece | Exception] = deque()
+        self._sink: Callable[[Piece], bool] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._request_id: RequestId | None = None
         self._is_entered = False
@@ -221,6 +222,14 @@ class Submission(AsyncIterator[Piece]):
         self._inbox.clear()
         self._wake()
 
+    def divert(self, sink: Callable[[Piece], bool]) -> None:
+        """Give pieces to `sink` as they come, on the loop, without waking a task.
+
+        Those that it does not want (False), those behind them until all are taken, and those that end an
+        output wait as usual. What it raises ends the request and is raised where pieces are taken.
+        """
+        self._sink = sink
+
     def interrupt(self, error: Exception) -> None:
         """Abort the request; `error` is raised behind the pieces that have arrived."""
         if not self._has_ended:
@@ -240,6 +249,20 @@ class Submission(AsyncIterator[Piece]):
                 timer.cancel()
         return bool(self._inbox) or self._has_ended
 
+    def take(self) -> list[Piece]:
+        """The pieces that have arrived, without waiting; raises the error behind them at the next call."""
+        pieces: list[Piece] = []
+        while self._inbox:
+            item = self._inbox[0]
+            if isinstance(item, Exception):
+                if not pieces:
+                    self._inbox.popleft()
+                    raise item
+                break
+            pieces.append(item)
+            self._inbox.popleft()
+        return pieces
+
     async def __anext__(self) -> Piece:
         while not self._inbox:
             if self._has_ended:
@@ -252,13 +275,25 @@ class Submission(AsyncIterator[Piece]):
         return item
 
     def _take(self, item: Piece | Exception) -> None:
-        if self._has_ended:
+        if self._has_ended or self._passes(item):
             return
         self._inbox.append(item)
         if isinstance(item, Exception) or item.receipt is not None:
             self._has_ended = True
             self._owner._leave(self)
         self._wake()
+
+    def _passes(self, item: Piece | Exception) -> bool:
+        """Whether the sink has taken it."""
+        if self._sink is None or self._inbox:
+            return False
+        if isinstance(item, Exception) or item.finish_reason is not None:
+            return False
+        try:
+            return self._sink(item)
+        except Exception as error:  # noqa: BLE001  it is told where the pieces are taken
+            self.interrupt(error)
+            return True
 
     def _wake(self) -> None:
         if self._waiter is not None:

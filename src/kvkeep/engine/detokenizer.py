@@ -3,13 +3,14 @@
 A token is not a piece of text: it may hold part of a character, and its text may depend on the
 tokens around it. Text leaves here once no later token can change it:
 
-    tokens ──> _TokenWindow ──> settled text ──> _StopSearch ──> text in which no stop string begins
+    tokens ──> _TokenWindow ──> settled text ──> StopSearch ──> text in which no stop string begins
 """
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from kvkeep.engine.stop_search import StopSearch
 
 __all__ = ["IncrementalDetokenizer", "TokenDecoder"]
 
@@ -51,9 +52,9 @@ class IncrementalDetokenizer:
     """Turns the tokens of one output into text, piece by piece, and finds stop strings.
 
     Without stop strings the pieces add up to what the tokenizer decodes at once (special tokens
-    skipped, spaces as they are), as a continuation of the prompt's text; after a special token at
-    the end of the prompt, as a text of its own. A piece never ends inside a character. Work per
-    token is bounded.
+    skipped if they are to be, spaces as they are), as a continuation of the prompt's text; after a
+    special token at the end of the prompt, as a text of its own. A piece never ends inside a character.
+    Work per token is bounded.
 
     One exception: vocabularies with byte fallback decode a run of byte tokens as a whole or, if any
     byte is wrong, as U+FFFD for each. Text of a run leaves after 16 byte tokens, so a byte that is
@@ -67,9 +68,11 @@ class IncrementalDetokenizer:
         *,
         stop_strings: Sequence[str] = (),
         include_stop: bool = False,
+        skip_special_tokens: bool = True,
     ) -> None:
-        self._window = _TokenWindow(tokenizer, prompt_ids[-_CONTEXT_FROM_PROMPT:])
-        self._search = _StopSearch(stop_strings)
+        context = prompt_ids[-_CONTEXT_FROM_PROMPT:]
+        self._window = _TokenWindow(tokenizer, context, skip_special_tokens=skip_special_tokens)
+        self._search = StopSearch(stop_strings)
         self._include_stop = include_stop
         self._pieces: list[str] = []
         self._stopped_by: str | None = None
@@ -91,10 +94,11 @@ class IncrementalDetokenizer:
         """Tokens taken; after a stop, those up to the one that completed the stop string."""
         return self._num_tokens
 
-    def append(self, token_ids: Iterable[int]) -> str:
+    def append(self, token_ids: Iterable[int], *, may_stop: bool = True) -> str:
         """Take tokens and return the text that is settled now, often none.
 
-        Tokens behind the one that completed a stop string are not taken; see `num_tokens`.
+        Tokens behind the one that completed a stop string are not taken; see `num_tokens`. A stop string
+        that is complete while it may not stop is text.
         """
         assert not self._finished
         pieces = []
@@ -102,7 +106,8 @@ class IncrementalDetokenizer:
             if self._stopped_by is not None:
                 break
             self._num_tokens += 1
-            pieces.append(self._until_stop(self._window.append(token_id)))
+            settled = self._window.append(token_id)
+            pieces.append(self._until_stop(settled) if may_stop else self._search.advance(settled))
         return self._give("".join(pieces))
 
     def finish(self) -> str:
@@ -115,7 +120,7 @@ class IncrementalDetokenizer:
 
     def _until_stop(self, settled: str) -> str:
         """Return what of the settled text can leave."""
-        if not self._search.stop_strings:
+        if self._search.is_empty:
             return settled
         # After a stop string no token follows, so whatever completes one is settled by that.
         found = self._search.find(settled + self._window.unsettled_text())
@@ -138,8 +143,11 @@ class _TokenWindow:
     context and its text is cut off.
     """
 
-    def __init__(self, tokenizer: TokenDecoder, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: TokenDecoder, prompt_ids: Sequence[int], *, skip_special_tokens: bool
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skips_special = skip_special_tokens
         self._context: list[int] = []
         self._pending: list[int] = []
         self._num_byte_tokens = 0  # in a row, at the end of the pending tokens
@@ -149,7 +157,7 @@ class _TokenWindow:
 
     def append(self, token_id: int) -> str:
         """Take a token and return the text that no later token can change."""
-        if self._is_special(token_id):
+        if self._skips_special and self._is_special(token_id):
             return ""
         self._pending.append(token_id)
         if self._is_named(_BYTE_TOKEN, token_id):
@@ -239,69 +247,17 @@ class _TokenWindow:
 
     def _is_special(self, token_id: int) -> bool:
         """Whether decoding skips the token, so that it is no context either."""
-        return not self._decode([token_id]) and bool(
+        return not self._decode([token_id], skip_special_tokens=True) and bool(
             self._decode([token_id], skip_special_tokens=False)
         )
 
     def _is_named(self, pattern: re.Pattern[str], token_id: int) -> bool:
         return pattern.fullmatch(self._tokenizer.convert_ids_to_tokens(token_id)) is not None
 
-    def _decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+    def _decode(self, token_ids: list[int], *, skip_special_tokens: bool | None = None) -> str:
+        skips = self._skips_special if skip_special_tokens is None else skip_special_tokens
         return self._tokenizer.decode(
             token_ids,
-            skip_special_tokens=skip_special_tokens,
+            skip_special_tokens=skips,
             clean_up_tokenization_spaces=False,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """The stop string that completes first, and the text before it that is not out yet."""
-
-    before: str
-    stop_string: str
-
-
-class _StopSearch:
-    """Finds the stop string that completes first, in text that comes in pieces."""
-
-    def __init__(self, stop_strings: Sequence[str]) -> None:
-        self.stop_strings = tuple(stop_strings)
-        self._held = ""  # the end of the text so far, if a stop string may begin there
-
-    def find(self, piece: str) -> _Found | None:
-        """Look into the text with this piece behind it; among equals the longest is found.
-
-        First is what completes first, not what begins first: only that is the same however the
-        text is cut into pieces.
-        """
-        text = self._held + piece
-        places = [
-            (place + len(stop_string), place)
-            for stop_string in self.stop_strings
-            if (place := text.find(stop_string)) >= 0
-        ]
-        if not places:
-            return None
-        end, place = min(places)
-        return _Found(text[:place], text[place:end])
-
-    def advance(self, piece: str) -> str:
-        """Add a piece without stop string; return the text in which none begins."""
-        text = self._held + piece
-        num_held = max(_overlap(text, stop_string) for stop_string in self.stop_strings)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
-
-    def release(self) -> str:
-        """Return the held text; no text follows."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop_string: str) -> int:
-    """Return how many characters at the end of the text begin, but do not end, the stop string."""
-    for length in range(min(len(text), len(stop_string) - 1), 0, -1):
-        if text.endswith(stop_string[:length]):
-            return length
-    return 0

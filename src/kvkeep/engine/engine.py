@@ -18,6 +18,7 @@ from kvkeep.engine.explaining import Explaining
 from kvkeep.engine.generation import EndTokens, Generation, OutputStream
 from kvkeep.engine.outputs import FinishReason, Piece
 from kvkeep.engine.sampler import InvalidLogitsError, Sampled, Sampler
+from kvkeep.engine.step_costs import StepCosts
 from kvkeep.errors import CapacityError, RequestError
 from kvkeep.hf.install import InstalledModel
 from kvkeep.hf.paged_model import Work
@@ -60,6 +61,7 @@ class Engine:
         self.num_steps = 0
         if installed.chooser is not None:
             installed.chooser.start_from(calibrate(installed, settings.calibration_folder))
+        self._costs = StepCosts(installed.chooser, step_tokens=settings.max_batch_tokens)
 
     @property
     def history(self) -> History:
@@ -70,6 +72,16 @@ class Engine:
     def has_work(self) -> bool:
         """Whether some request is not finished, or its last piece not given out."""
         return bool(self._generations or self._pieces)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a seat."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold blocks; one with n outputs counts n times."""
+        return self._scheduler.num_running
 
     @property
     def is_waiting(self) -> bool:
@@ -105,7 +117,8 @@ class Engine:
 
         `outline` is what it is made of. `owner` is the tenant, who is told of its prompts under other salts
         too.
-        Raises RequestError for one that is malformed, CapacityError for one too big, or for a pin too many.
+        Raises RequestError for one that is malformed, CapacityError for one too big, PinCapacityError for a
+        pin too many.
         """
         chain = self.chain(prompt_ids, options.salt)
         self._refuse_misfits(chain, params)
@@ -114,7 +127,7 @@ class Engine:
         request = Request(request_id, chain, params, options, claim)
         if options.read:
             request.lookup = self.cache.look_up(chain)
-        first = OutputStream(request, 0, list(prompt_ids), self._tokenizer)
+        first = OutputStream(request, 0, list(prompt_ids), self._tokenizer, self._end)
         generation = Generation(request_id, first)
         self._generations[request_id] = generation
         self._request_to_output[request] = (generation, first)
@@ -143,7 +156,7 @@ class Engine:
         When the model fails, the requests of the batch are ended and its error is passed on. The engine can
         go on with the others; the last pieces of those that ended come with the next step.
         """
-        self.cache.poll(is_busy=self._scheduler.num_running > 0)
+        self.cache.poll(is_busy=self.num_running > 0)
         plan = self._scheduler.plan()
         if not plan.work and self._generations:
             self.cache.wait(_WAIT_FOR_MOVES_S)
@@ -177,15 +190,16 @@ class Engine:
             Work(item.request.held_lease(), item.spans, wants_logits=_wants_logits(item))
             for item in planned
         ]
+        for item in planned:
+            self._request_to_output[item.request][0].begin_step()
         began_s = perf_counter()
         logits_RV = self.installed.paged.forward(work)
-        if self.installed.chooser is not None:
-            spans = [span for item in planned for span in item.spans]
-            self.installed.chooser.observe_step(spans, perf_counter() - began_s)
+        spans = [span for item in planned for span in item.spans]
+        self._costs.observe(spans, perf_counter() - began_s)
         return logits_RV
 
     def _explain(self, planned: Sequence[PlannedWork]) -> None:
-        """Say to those that run for the first time, and asked, why they compute what they do."""
+        """Say to those that asked why they compute what they do, once that is known."""
         for item in planned:
             miss = self._explaining.explain(item.request)
             if miss is not None:
@@ -229,7 +243,7 @@ class Engine:
         ]
 
     def _accept(self, generation: Generation, output: OutputStream, sampled: Sampled) -> Piece:
-        text = output.accept(sampled, self._end)
+        text = output.accept(sampled)
         output.request.held_lease().append([sampled.token_id])
         if output.finish_reason is not None:
             self._close(generation, output)
@@ -248,14 +262,21 @@ class Engine:
 
     def _close(self, generation: Generation, output: OutputStream) -> None:
         lease = output.request.lease
+        num_computed = None
         # Beside the last token of an answer, which is never computed.
-        is_whole = lease is not None and not lease.loads and lease.num_pending <= 1
+        if lease is not None and not lease.loads and lease.num_pending <= 1:
+            num_computed = len(lease.chain) - lease.num_pending
         self._scheduler.finish(output.request)
-        self._explaining.finish(output.request, is_whole=is_whole)
+        if self._explaining.is_asked(output.request):
+            chain, num_prompt = output.request.chain, output.request.num_prompt
+            prompt = chain.keys[: num_prompt // chain.block_size]
+            generation.expires_at = self.cache.lifetimes.register.first_end(prompt)
+        self._explaining.finish(output.request, num_computed)
         del self._request_to_output[output.request]
         if generation.is_finished:
             del self._generations[generation.request_id]
             first = generation.outputs[0].request
+            generation.saved_s = self._costs.saved_s(first)
             if first.claim is not None:
                 self.cache.close_claim(first.claim, first.chain)
 
@@ -268,7 +289,7 @@ class Engine:
         forked = []
         for choice in range(len(generation.outputs), generation.num_expected):
             lease = None
-            if self._scheduler.has_seat():
+            if self._scheduler.has_seat(first.request):
                 lease = self.cache.fork(first.request.held_lease())
             chain = lease.chain if lease else first.request.chain.fork()
             request = Request(
@@ -277,9 +298,10 @@ class Engine:
                 generation.params,
                 first.request.options,
                 first.request.claim,
+                origin=first.request.origin,
             )
             prompt_ids = chain.tokens(0, first.request.num_prompt)
-            output = OutputStream(request, choice, prompt_ids, self._tokenizer)
+            output = OutputStream(request, choice, prompt_ids, self._tokenizer, self._end)
             generation.outputs.append(output)
             self._request_to_output[request] = (generation, output)
             if lease is None:

@@ -180,8 +180,7 @@ class EngineThread(Generic[Receiver]):
             _log.exception("a step has failed")
             return
         self._num_failures = 0
-        scheduler = self.engine._scheduler
-        self.num_waiting, self.num_running = scheduler.num_waiting, scheduler.num_running
+        self.num_waiting, self.num_running = self.engine.num_waiting, self.engine.num_running
         self._send(pieces)
         stands = self.engine.has_work and not pieces and self.engine.num_steps == num_before
         self._watch_for_standstill(stands=stands and not self.engine.is_waiting)

@@ -34,11 +34,15 @@ class OutputStream:
         choice: int,
         prompt_ids: Sequence[int],
         tokenizer: TokenDecoder | None,
+        end: EndTokens,
     ) -> None:
         self.request = request
         self.choice = choice
         self.output_ids: list[int] = []
-        self.row = SampleRow.start(request.params, prompt_ids, self.output_ids, choice=choice)
+        self._end = end
+        self.row = SampleRow.start(
+            request.params, prompt_ids, self.output_ids, choice=choice, eos_ids=end.eos_ids
+        )
         self.finish_reason: FinishReason | None = None
         self._text = None
         if tokenizer is not None:
@@ -47,13 +51,14 @@ class OutputStream:
                 prompt_ids,
                 stop_strings=request.params.stop_strings,
                 include_stop=request.params.include_stop,
+                skip_special_tokens=request.params.skip_special_tokens,
             )
 
-    def accept(self, sampled: Sampled, end: EndTokens) -> str:
+    def accept(self, sampled: Sampled) -> str:
         """Take the next token; returns the text that is complete now."""
         self.output_ids.append(sampled.token_id)
-        text = "" if self._text is None else self._text.append([sampled.token_id])
-        self.finish_reason = self._why_finished(sampled.token_id, end)
+        text = "" if self._text is None else self._text_of(sampled.token_id, self._text)
+        self.finish_reason = self._why_finished(sampled.token_id)
         if self.finish_reason is not None and self._text is not None:
             text += self._text.finish()
         return text
@@ -63,16 +68,20 @@ class OutputStream:
         self.finish_reason = reason
         return "" if self._text is None else self._text.finish()
 
-    def _why_finished(self, token_id: int, end: EndTokens) -> FinishReason | None:
+    def _text_of(self, token_id: int, text: IncrementalDetokenizer) -> str:
         params = self.request.params
-        if token_id in end.eos_ids and not params.ignore_eos:
-            return FinishReason.STOP
-        if token_id in params.stop_token_ids:
+        if token_id in self.row.end_ids and not params.skip_special_tokens:
+            return ""
+        return text.append([token_id], may_stop=len(self.output_ids) >= params.min_tokens)
+
+    def _why_finished(self, token_id: int) -> FinishReason | None:
+        params = self.request.params
+        if token_id in self.row.end_ids:
             return FinishReason.STOP
         if self._text is not None and self._text.stopped_by is not None:
             return FinishReason.STOP
         num_tokens = self.request.num_prompt + len(self.output_ids)
-        if len(self.output_ids) >= params.max_tokens or num_tokens >= end.max_context:
+        if len(self.output_ids) >= params.max_tokens or num_tokens >= self._end.max_context:
             return FinishReason.LENGTH
         return None
 
@@ -85,8 +94,12 @@ class Generation:
         self.outputs = [first]
         self.num_expected = first.request.params.n if first.request.params.max_tokens else 1
         self._started_s = perf_counter()
+        self._queue_s: float | None = None
         self._first_token_s: float | None = None
+        self._has_told = False  # how much was reused
         self.miss: Miss | None = None
+        self.saved_s: float | None = None
+        self.expires_at: float | None = None
 
     @property
     def params(self) -> SamplingParams:
@@ -100,10 +113,16 @@ class Generation:
             output.finish_reason is not None for output in self.outputs
         )
 
+    def begin_step(self) -> None:
+        """Some of it is computed now."""
+        if self._queue_s is None:
+            self._queue_s = perf_counter() - self._started_s
+
     def piece(self, output: OutputStream, sampled: Sequence[Sampled], text: str) -> Piece:
         """What a step has added to `output`; the receipt comes with the very last piece."""
         if sampled and self._first_token_s is None:
             self._first_token_s = perf_counter() - self._started_s
+        is_first, self._has_told = not self._has_told, True
         return Piece(
             request_id=self.request_id,
             choice=output.choice,
@@ -111,13 +130,17 @@ class Generation:
             text=text,
             sampled=tuple(sampled) if self.params.logprobs is not None else (),
             finish_reason=output.finish_reason,
+            reused_tokens=self._reused_tokens if is_first else None,
             receipt=self._receipt() if self.is_finished else None,
         )
 
-    def _receipt(self) -> Receipt:
-        first = self.outputs[0].request
+    @property
+    def _reused_tokens(self) -> int:
         # Never admitted (aborted while waiting): nothing was reused, nothing computed for it yet.
-        reused = first.reused_tokens or 0
+        return self.outputs[0].request.reused_tokens or 0
+
+    def _receipt(self) -> Receipt:
+        first, reused = self.outputs[0].request, self._reused_tokens
         computed = first.num_prompt - reused
         return Receipt(
             prompt_tokens=first.num_prompt,
@@ -129,6 +152,11 @@ class Generation:
             load_failures=dict(first.load_failures),
             miss=self.miss,
             num_preemptions=sum(output.request.num_preemptions for output in self.outputs),
+            queue_s=self._queue_s,
+            restore_s=first.restore_s,
+            saved_s=self.saved_s,
+            pin=first.claim.pin if first.claim is not None and first.claim.has_pinned else None,
+            expires_at=self.expires_at,
             first_token_s=self._first_token_s,
             total_s=perf_counter() - self._started_s,
         )

@@ -23,7 +23,8 @@ class FinishReason(StrEnum):
 class Piece:
     """What one step adds to one output; the last piece of an output has a `finish_reason`.
 
-    `text` holds whole characters only, so it can lag behind `token_ids`.
+    `text` holds whole characters only, so it can lag behind `token_ids`. The first piece of a request says
+    how many of its prompt tokens were reused, which a stream can tell before its end.
     """
 
     request_id: RequestId
@@ -32,6 +33,7 @@ class Piece:
     text: str
     sampled: tuple[Sampled, ...] = ()
     finish_reason: FinishReason | None = None
+    reused_tokens: int | None = None
     receipt: Receipt | None = None
 
 

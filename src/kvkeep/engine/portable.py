@@ -96,7 +96,8 @@ def export_chains(
 ) -> ExportReceipt:
     """Write what is known of the chains, on the device and below, to one file, replaced at once.
 
-    All chains are of one namespace. Raises OSError where the file cannot be written.
+    All chains are of one namespace. Raises RequestError, and writes no file, where nothing is known of them;
+    OSError where the file cannot be written.
     """
     roots = {chain.root for chain in chains}
     assert len(roots) == 1, "a file is of one namespace"
@@ -106,6 +107,11 @@ def export_chains(
         blocks = _block_bytes(installed)
         for chain in chains:
             _write_chain(blocks, len(installed.cache.spec.groups), chain, body, written)
+        if not written.blocks:
+            num_tokens = sum(len(chain.tokens()) for chain in chains)
+            raise RequestError(
+                f"nothing of these {num_tokens} tokens is cached; send the prompt once, and export it then"
+            )
         manifest = _manifest(installed, roots.pop(), written.blocks)
         _assemble(target, manifest, written, body)
     return ExportReceipt(

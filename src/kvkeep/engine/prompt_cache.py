@@ -20,7 +20,8 @@ from kvkeep.cache import (
     VerifyReport,
 )
 from kvkeep.cache.administration import Administration
-from kvkeep.config import CacheOptions, parse_bytes
+from kvkeep.cache.quotas import Share
+from kvkeep.config import CacheOptions, parse_bytes, parse_duration
 from kvkeep.config.cache_options import check_name
 from kvkeep.engine.engine import Engine
 from kvkeep.engine.portable import (
@@ -48,7 +49,7 @@ class PromptCache:
     def __init__(self, engine: Engine, compute: Compute | None = None) -> None:
         self._engine = engine
         self._compute = compute
-        self._salt_to_quota: dict[str, int] = {}
+        self._quotas: dict[tuple[str, str | None], int] = {}
 
     def coverage(self, token_ids: Sequence[int], *, salt: str | None = None) -> Coverage:
         """Which runs of the tokens are known, and where. Changes nothing."""
@@ -136,6 +137,16 @@ class PromptCache:
         self._admin.fork_session(self._session_id(name, salt), child)
         return self._admin.session(child)
 
+    def change_session(
+        self, name: str, *, ttl: float | str, salt: str | None = None
+    ) -> SessionReport:
+        """Let a session end `ttl` (seconds, "30m", "never") after its last use, of which this is one.
+
+        After a restart it is `session_ttl` again. Raises RequestError where there is no such session.
+        """
+        ttl_s = parse_duration("ttl", ttl)
+        return self._admin.change_session(self._session_id(name, salt), ttl_s)
+
     def export_session(
         self, path: str | Path, name: str, *, salt: str | None = None
     ) -> ExportReceipt:
@@ -179,23 +190,28 @@ class PromptCache:
             raise RequestError("warm needs an LLM; submit a request with max_tokens=0 instead")
         return self._compute(token_ids, options or CacheOptions())
 
-    def set_quota(self, salt: str, limit: int | str | None) -> QuotaReport | None:
+    def set_quota(
+        self, salt: str, limit: int | str | None, *, tier: str | None = None
+    ) -> QuotaReport | None:
         """Limit what a tenant's blocks may take: bytes, "2GB", or None for no limit.
 
-        Each block counts once, wherever it lies; what is too much goes when a request ends.
+        In `tier`, "device" or a tier of this machine; without it anywhere, where each block counts once. What
+        is too much goes when a request ends, and when blocks move: the least useful of this tenant, in that
+        place. Raises RequestError for another tier.
         """
         total = self._engine.cache.stats().capacity_bytes
-        num_bytes = None if limit is None else parse_bytes(limit, total_bytes=total)
-        self._admin.set_quota(self._root(salt), num_bytes)
+        num_bytes = None if limit is None else parse_bytes(limit, total_bytes=total, field="limit")
+        self._admin.set_quota(Share(self._root(salt), tier), num_bytes)
         if num_bytes is None:
-            self._salt_to_quota.pop(salt, None)
+            self._quotas.pop((salt, tier), None)
             return None
-        self._salt_to_quota[salt] = num_bytes
-        return self._quota(salt)
+        self._quotas[salt, tier] = num_bytes
+        return self._quota(salt, tier)
 
     def quotas(self) -> list[QuotaReport]:
         """All quotas, and what is used of them."""
-        return [self._quota(salt) for salt in sorted(self._salt_to_quota)]
+        shares = sorted(self._quotas, key=lambda share: (share[0], share[1] or ""))
+        return [self._quota(salt, tier) for salt, tier in shares]
 
     # --- the rest --------------------------------------------------------------------------------
 
@@ -239,6 +255,7 @@ class PromptCache:
     def _resolve(self, selector: Selector) -> Query:
         return selector.resolve(self._root, self._engine.cache.lifetimes.clock())
 
-    def _quota(self, salt: str) -> QuotaReport:
-        used = self._admin.used_bytes(self._root(salt))
-        return QuotaReport(salt=salt, limit_bytes=self._salt_to_quota[salt], used_bytes=used)
+    def _quota(self, salt: str, tier: str | None) -> QuotaReport:
+        used = self._admin.used_bytes(Share(self._root(salt), tier))
+        limit = self._quotas[salt, tier]
+        return QuotaReport(salt=salt, limit_bytes=limit, used_bytes=used, tier=tier)

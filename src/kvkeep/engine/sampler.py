@@ -9,7 +9,7 @@ Shape suffixes:
 import math
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -66,13 +66,15 @@ class SampleRow:
 
     `output_ids` is the request's own list: the caller appends each chosen token before the next
     choice. Randomness is a pure function of `noise_seed` and the position in the output, so a
-    choice repeats exactly after preemption, after a lost step, and on another machine.
+    choice repeats exactly after preemption, after a lost step, and on another machine. `end_ids` are
+    the tokens that end the output.
     """
 
     params: SamplingParams
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     noise_seed: bytes
+    end_ids: Collection[int] = ()
     _prompt_set: frozenset[int] | None = field(default=None, init=False, repr=False)
     _matcher: TokenMatcher | None = field(default=None, init=False, repr=False)
     _num_matched: int = field(default=0, init=False, repr=False)
@@ -85,14 +87,19 @@ class SampleRow:
         output_ids: Sequence[int],
         *,
         choice: int = 0,
+        eos_ids: Collection[int] = (),
     ) -> "SampleRow":
-        """Begin output number `choice` of `params.n`; without a seed, draw a fresh one."""
+        """Begin output number `choice` of `params.n`; without a seed, draw a fresh one.
+
+        `eos_ids` are the model's end tokens.
+        """
         seed = secrets.randbits(128) if params.seed is None else params.seed
         return cls(
             params=params,
             prompt_ids=prompt_ids,
             output_ids=output_ids,
             noise_seed=f"{seed}:{choice}".encode(),
+            end_ids={*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)},
         )
 
     def uniform(self) -> float:
@@ -100,6 +107,10 @@ class SampleRow:
         position = len(self.output_ids).to_bytes(8, "little")
         digest = blake2b(self.noise_seed + b":" + position, digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+    def too_early(self) -> Collection[int]:
+        """Tokens that may not come next, since they would end the output before `min_tokens`."""
+        return self.end_ids if len(self.output_ids) < self.params.min_tokens else ()
 
     def allowed(self) -> bytes | None:
         """What the grammar lets come next, as TokenMatcher.allowed; None without a grammar."""
@@ -132,9 +143,9 @@ class Sampler:
     def sample(self, logits_BV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         """Choose one token per row; a row's choice does not depend on the other rows.
 
-        Order of the settings: penalties, biases, grammar, temperature, top_k, min_p, top_p, draw. The
-        most likely of equals is the one of lowest id. Tokens equal to the last one kept by top_k or
-        top_p are kept too. Work is done in float32 on the device of the logits, which are not
+        Order of the settings: penalties, biases, min_tokens, grammar, temperature, top_k, min_p, top_p,
+        draw. The most likely of equals is the one of lowest id. Tokens equal to the last one kept by top_k
+        or top_p are kept too. Work is done in float32 on the device of the logits, which are not
         changed; sums of probabilities are float64.
 
         Args:
@@ -255,6 +266,9 @@ def _adjusted(logits_BV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
             _penalise(adjusted_V, row)
         if row.params.logit_bias:
             _add_biases(adjusted_V, row.params.logit_bias)
+        for token_id in row.too_early():
+            if token_id < len(adjusted_V):
+                adjusted_V[token_id] = -torch.inf
         if (allowed := row.allowed()) is not None:
             _forbid(adjusted_V, allowed)
     return adjusted_BV

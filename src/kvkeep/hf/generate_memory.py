@@ -20,7 +20,7 @@ from kvkeep.hf.generate_geometry import retain_all
 from kvkeep.hf.geometry import ModelGeometry, measure_geometry
 from kvkeep.hf.install import free_memory_bytes
 from kvkeep.hf.kv_formats import asked_formats, measure_format, needs_measuring
-from kvkeep.hf.memory import kernels_can_serve
+from kvkeep.hf.memory import claiming, kernels_can_serve
 from kvkeep.hf.selftest import choose_mode
 from kvkeep.hf.trial_logits import Served
 from kvkeep.native import Kernels, load_kernels
@@ -68,7 +68,8 @@ def allocate_memory(
     spec = asked_formats(geometry.spec, settings)
     kernels = _find_kernels(spec, parameter.device)
     num_blocks = _fit_blocks(spec, num_bytes)
-    arenas = _make_arenas(spec, num_blocks, parameter, kernels)
+    with claiming(settings.capacity, parameter.device):
+        arenas = _make_arenas(spec, num_blocks, parameter, kernels)
     namespace = Namespace(
         # Blocks live and die with one model object, whose weights need not be named.
         model=f"{type(model).__name__} in this process",

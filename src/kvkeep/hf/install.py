@@ -16,7 +16,7 @@ from kvkeep.hf.fingerprint import longest_context, model_fingerprint, position_r
 from kvkeep.hf.format_probe import FormatProbe
 from kvkeep.hf.geometry import ModelGeometry, text_config
 from kvkeep.hf.linear import LinearChoice
-from kvkeep.hf.memory import Memory, allocate_memory, kernels_can_serve
+from kvkeep.hf.memory import Memory, allocate_memory, claiming, kernels_can_serve
 from kvkeep.hf.paged_model import PagedModel
 from kvkeep.hf.selftest import SelfTest
 from kvkeep.hf.verdict import Verdict, judge
@@ -70,7 +70,8 @@ def install(
         max_requests=settings.max_requests,
         max_batch_tokens=settings.max_batch_tokens,
     )
-    memory = _allocate(model, verdict, num_blocks, poison=settings.poison)
+    with claiming(settings.capacity, device):
+        memory = _allocate(model, verdict, num_blocks, poison=settings.poison)
     below = _open_below(spec, memory.arenas, tiers, settings)
     return InstalledModel(
         cache=KVCache(

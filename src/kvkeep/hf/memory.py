@@ -1,5 +1,7 @@
 """The memory of a model's K/V, and the attention that goes with it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -7,15 +9,17 @@ import torch
 
 from kvkeep.arena import ArenaGroups, NativeWordRows
 from kvkeep.attention import AttentionBackend, GatherAttention, NativeAttention
-from kvkeep.errors import UnsupportedModelError
+from kvkeep.errors import CapacityError, UnsupportedModelError
 from kvkeep.hf.paged_model import Mode
 from kvkeep.native import MOST_DIM, Kernels
 from kvkeep.spec import KVSpec, LayerKind, words_can_hold
 
-__all__ = ["READS_PAGES", "Memory", "allocate_memory", "kernels_can_serve"]
+__all__ = ["READS_PAGES", "Memory", "allocate_memory", "claiming", "kernels_can_serve"]
 
 # Modes whose attention reads blocks where they lie, if there are kernels.
 READS_PAGES = frozenset({Mode.NATIVE, Mode.LATENT, Mode.HYBRID})
+
+_NO_MEMORY = "can't allocate memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,21 @@ def kernels_can_serve(spec: KVSpec, device: torch.device) -> bool:
         for group in spec.groups
         if group.kind is not LayerKind.RECURRENT
     )
+
+
+@contextmanager
+def claiming(capacity: int | str, device: torch.device) -> Iterator[None]:
+    """Raise CapacityError where the block asks `device` for more memory than it gives."""
+    try:
+        yield
+    except RuntimeError as error:
+        # On a CPU torch has no type of its own for it.
+        is_refused = isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY in str(error)
+        if not is_refused:
+            raise
+        raise CapacityError(
+            f"capacity={capacity!r} is more memory than there is on {device}; give less (--capacity)"
+        ) from error
 
 
 def allocate_memory(

@@ -29,8 +29,8 @@ class Times:
     """How long a request took, in seconds; None is not known.
 
     `first_token_s` and `total_s` count from its arrival, `gaps_s` are between the tokens of each of its
-    outputs. `queue_s` went by before its first step, `restore_s` it waited for tiers, and `saved_s` is an
-    estimate of what it would have computed longer without the cache.
+    outputs. `queue_s` went by before its first step, `restore_s` from its first load to the last block that
+    came from a tier, and `saved_s` is an estimate of what it would have computed longer without the cache.
     """
 
     total_s: float
@@ -167,7 +167,7 @@ class RequestCounters:
             "kvkeep_decode_seconds", "From the first token to the last.", _SECONDS
         )
         self._restore_s = Histogram(
-            "kvkeep_restore_seconds", "Waited for blocks from tiers.", _SECONDS
+            "kvkeep_restore_seconds", "From the first load to the last block from a tier.", _SECONDS
         )
 
     def _make_sizes(self) -> None:

@@ -1,6 +1,7 @@
 """One request from arrival to its last token, as counters and a lease."""
 
 from collections import Counter
+from collections.abc import Sequence
 from enum import StrEnum
 
 from kvkeep.blocks import TokenChain
@@ -23,7 +24,8 @@ class RequestStatus(StrEnum):
 class Request:
     """Prompt and output tokens are one chain; what of it is in memory is in the lease.
 
-    `claim` is what it puts on its blocks, shared by all outputs of a prompt; None asks for nothing.
+    `claim` is what it puts on its blocks, shared by all outputs of a prompt; None asks for nothing. `origin`
+    is the request for several outputs that this is one of; by default it is its own.
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class Request:
         params: SamplingParams,
         options: CacheOptions,
         claim: Claim | None = None,
+        origin: RequestId | None = None,
     ) -> None:
         self.request_id = request_id
+        self.origin = request_id if origin is None else origin
         self.chain = chain
         self.params = params
         self.options = options
@@ -46,10 +50,12 @@ class Request:
         self.reused_tokens: int | None = None
         self.recomputed_tokens = 0
         self.num_preemptions = 0
-        # As the request found the cache: what was to be computed, and block numbers that a tier had.
+        # As the request found the cache: what was to be computed, what failed to come among it, and block
+        # numbers that a tier had.
         self.found_gaps: tuple[Span, ...] = ()
         self.found_by_choice: frozenset[int] = frozenset()
         self.load_failures: Counter[str] = Counter()
+        self.restore_s = 0.0
         self._number_to_source: dict[int, str] = {}
         self._pending_before = 0
         self._lost_by_failure = False
@@ -73,6 +79,13 @@ class Request:
             sources[source] += max(0, min(size, self.num_prompt - number * size))
         return dict(sources)
 
+    @property
+    def reused_spans(self) -> list[Span]:
+        """The prompt tokens that the request found and need not compute."""
+        starts = [0, *(gap.stop for gap in self.found_gaps)]
+        stops = [*(gap.start for gap in self.found_gaps), self.num_prompt]
+        return [Span(a, b) for a, b in zip(starts, stops, strict=True) if a < b]
+
     def start(self, lease: Lease) -> None:
         """Run with `lease`; after a pause, count what it no longer has, or has from others."""
         self.lease = lease
@@ -88,6 +101,8 @@ class Request:
             self.recomputed_tokens += lost
         else:
             self.reused_tokens -= lost
+        if self._lost_by_failure:
+            self.found_gaps = _joined([*self.found_gaps, *lease.gaps], self.num_prompt)
 
     def preempt(self) -> None:
         """Give the blocks back and wait."""
@@ -109,6 +124,7 @@ class Request:
         if self.lease is not None:
             self._number_to_source |= self.lease.loaded
             self.load_failures.update(self.lease.failed.values())
+            self.restore_s += self.lease.restore_s
             self.lease.release()
             self.lease = None
 
@@ -116,3 +132,15 @@ class Request:
         """The lease of a running request."""
         assert self.lease is not None, "only a running request holds a lease"
         return self.lease
+
+
+def _joined(spans: Sequence[Span], limit: int) -> tuple[Span, ...]:
+    """The positions below `limit` that lie in any of the spans."""
+    joined: list[Span] = []
+    for span in sorted(spans, key=lambda one: one.start):
+        stop = min(span.stop, limit)
+        if joined and span.start <= joined[-1].stop:
+            joined[-1] = Span(joined[-1].start, max(joined[-1].stop, stop))
+        elif span.start < stop:
+            joined.append(Span(span.start, stop))
+    return tuple(joined)

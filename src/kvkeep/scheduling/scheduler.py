@@ -20,6 +20,8 @@ _GAP_SHARE_BESIDE_DECODE = 4
 # Gaps of this many requests are worked on at once; more would only make each of them later.
 _MAX_REQUESTS_WITH_GAPS = 4
 _WAIT_FOR_ROOM_S = 1.0
+# One of so many seats is not for further outputs of a request: others that come find one.
+_SEATS_PER_FREE_ONE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +79,12 @@ class Scheduler:
         """Let a fork run with the lease it was given; the caller checked `has_seat`."""
         self._start(request, lease)
 
-    def has_seat(self) -> bool:
-        """Whether one more request may run."""
-        return len(self._running) < self._max_requests
+    def has_seat(self, request: Request) -> bool:
+        """Whether this request may run; of one for many outputs not all do at once."""
+        if len(self._running) >= self._max_requests:
+            return False
+        most = self._max_requests - self._max_requests // _SEATS_PER_FREE_ONE
+        return sum(one.origin == request.origin for one in self._running) < most
 
     def finish(self, request: Request) -> None:
         """Take a request out, wherever it is, and give its blocks back."""
@@ -112,8 +117,11 @@ class Scheduler:
     def _admit(self) -> None:
         """Give leases to waiting requests, in order; one whose blocks another computes now waits on."""
         skipped: deque[Request] = deque()
-        while self._waiting and self.has_seat():
+        while self._waiting and len(self._running) < self._max_requests:
             request = self._waiting.popleft()
+            if not self.has_seat(request):
+                skipped.append(request)
+                continue
             if self._would_thrash(request):
                 self._waiting.appendleft(request)
                 break

@@ -34,7 +34,8 @@ from kvkeep.server.cache_fields import (
     without_cache_fields,
 )
 from kvkeep.server.cache_prompts import outline_of
-from kvkeep.server.cache_report import written_tokens
+from kvkeep.server.cache_report import num_written
+from kvkeep.server.disconnect import unless_disconnected
 from kvkeep.server.errors import ApiError, error_body
 from kvkeep.server.event_answers import EventAnswer, Parts, Prepared, send_answer
 from kvkeep.server.model_profile import ModelProfile, profile_of
@@ -49,13 +50,13 @@ from kvkeep.server.preparing import (
 from kvkeep.server.prompts import EncodedPrompt
 from kvkeep.server.sampling_fields import refuse_unsupported, sampling_params
 from kvkeep.server.service import Job, Service, Serving
-from kvkeep.server.sse import event
+from kvkeep.server.sse import KEEP_ALIVE, event
 from kvkeep.server.structured import AnswerForm
 
 __all__ = ["routes"]
 
-_ROUTE = "messages"
 _PATH = "/v1/messages"
+_PING = event(b'{"type": "ping"}', "ping")
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
@@ -68,7 +69,8 @@ def routes() -> APIRouter:
         request: Request, body: MessagesRequest, service: Serving, asker: Asker
     ) -> Response:
         """Answer a conversation, at once or as a stream."""
-        prepared = await _prepared(request, body, asker, service)
+        preparing = _prepared(request, body, asker, service)
+        prepared = await unless_disconnected(request.receive, preparing)
         return await send_answer(request, service, prepared, is_stream=bool(body.stream))
 
     @router.post(f"{_PATH}/count_tokens")
@@ -77,7 +79,7 @@ def routes() -> APIRouter:
     ) -> dict[str, int]:
         """Count the tokens of a prompt."""
         service.check_model(body.model)
-        prompt = await _encoded(body, chat_messages(body), service)
+        prompt = await _encoded(body, chat_messages(body), service, asker)
         return {"input_tokens": len(prompt.ids)}
 
     return router
@@ -92,41 +94,44 @@ class _Call:
     fields: CacheFields
     profile: ModelProfile
 
-    def usage(self, receipt: Receipt) -> MessageUsage:
+    def usage(self, reused_tokens: int, output_tokens: int) -> MessageUsage:
+        options, num_prompt = self.job.options, len(self.job.prompt_ids)
         return MessageUsage(
-            prompt_tokens=receipt.prompt_tokens,
-            read_tokens=receipt.reused_tokens,
-            written_tokens=written_tokens(receipt, self.job.options, self.profile.block_size),
-            output_tokens=receipt.output_tokens,
-            ttl_s=self.job.options.ttl_s,
+            prompt_tokens=num_prompt,
+            read_tokens=reused_tokens,
+            written_tokens=num_written(num_prompt, reused_tokens, options, self.profile.block_size),
+            output_tokens=output_tokens,
+            ttl_s=options.ttl_s,
         )
 
 
 class _MessageAnswer(EventAnswer):
-    """Makes the events of a message."""
+    """Makes the events of a message.
 
-    keep_alive = event(b'{"type": "ping"}', "ping")
+    The first of them says how much of the prompt was read, so that it comes with the first piece. Until then
+    comments show that the connection lives: no event may come before it.
+    """
 
     def __init__(self, call: _Call, model: str) -> None:
+        self.keep_alive = KEEP_ALIVE
         self._call = call
         self._writer = MessageWriter(f"msg_{token_hex(12)}", model)
         self._stops = StopSequences(call.job.params.stop_strings)
-        self._parts = Parts(max_calls=_max_calls(call.body))
+        self._parts = Parts(call.profile.call_syntax, max_calls=_max_calls(call.body))
 
     def start(self) -> list[Json]:
-        usage = MessageUsage(prompt_tokens=len(self._call.job.prompt_ids))
-        # What the protocol says while a reason is looked for; it comes with the end.
-        pending = {"cache_miss_reason": None} if _is_diagnosed(self._call.body) else None
-        return self._writer.start(usage, {"diagnostics": pending})
+        return []
 
     def take(self, piece: Piece) -> list[Json]:
         events: list[Json] = []
+        if piece.reused_tokens is not None:
+            events += self._begin(piece.reused_tokens)
         text = self._stops.cut(piece)
         for part in self._parts.take(text, is_last=piece.finish_reason is not None):
             if isinstance(part, str):
                 events += self._writer.say(part)
             else:
-                call_id = "toolu_" + part.call_id.removeprefix("call_")
+                call_id = part.call_id.replace("call_", "toolu_", 1)
                 events += self._writer.call(call_id, part.name, part.arguments)
         if piece.receipt is not None:
             events += self._finish(piece, piece.receipt)
@@ -137,6 +142,13 @@ class _MessageAnswer(EventAnswer):
 
     def result(self) -> Json:
         return self._writer.message()
+
+    def _begin(self, reused_tokens: int) -> list[Json]:
+        self.keep_alive = _PING
+        # What the protocol says while a reason is looked for; it comes with the end.
+        pending = {"cache_miss_reason": None} if _is_diagnosed(self._call.body) else None
+        usage = self._call.usage(reused_tokens, 0)
+        return self._writer.start(usage, {"diagnostics": pending})
 
     def _finish(self, piece: Piece, receipt: Receipt) -> list[Json]:
         assert piece.finish_reason is not None
@@ -155,7 +167,8 @@ class _MessageAnswer(EventAnswer):
                 block_size=call.profile.block_size,
             )
         more = report_of(receipt, call.job, call.fields, call.profile) | {"diagnostics": found}
-        return self._writer.finish(reason, self._stops.found, call.usage(receipt), more)
+        usage = call.usage(receipt.reused_tokens, receipt.output_tokens)
+        return self._writer.finish(reason, self._stops.found, usage, more)
 
 
 async def _prepared(
@@ -166,16 +179,17 @@ async def _prepared(
     messages = chat_messages(body)
     fields = read_cache_fields(body, request.headers, messages, marked=marked_blocks(body))
     _check_fields(body, fields.warnings)
-    prompt = await _encoded(body, messages, service)
+    prompt = await _encoded(body, messages, service, asker)
     stops = body.stop_sequences if body.stop_sequences is not None else body.stop
     # Kept in the text, so that the answer can say which one it was.
     sampling = body.model_copy(update={"stop": stops, "include_stop_str_in_output": True})
     params = sampling_params(
         sampling,
         profile.defaults,
-        max_tokens=output_room(body.max_tokens, service, len(prompt.ids)),
+        max_tokens=output_room(body.max_tokens, service, len(prompt.ids), fields.warnings),
         vocab_size=profile.vocab_size,
-        grammar=await compiled(_form(body), profile, service),
+        grammar=await compiled(_form(body), profile, service, asker),
+        calls=profile.call_syntax if _max_calls(body) != 0 else None,
     )
     job = prepared_job(
         request,
@@ -183,7 +197,7 @@ async def _prepared(
         prompt,
         params,
         fields,
-        route=_ROUTE,
+        route=_PATH,
         outline=outline_of(prompt, messages, _tools(body, service), template_options(body)),
     )
     job = replace(job, explain=job.explain or _is_diagnosed(body))
@@ -206,17 +220,17 @@ def _check_fields(body: MessagesRequest, warnings: Warnings) -> None:
 
 
 async def _encoded(
-    body: CountTokensRequest, messages: list[ChatMessage], service: Service
+    body: CountTokensRequest, messages: list[ChatMessage], service: Service, asker: Tenant
 ) -> EncodedPrompt:
     """The prompt. Where the last turn is the assistant's, the answer goes on from its text."""
     tools, options = _tools(body, service), template_options(body)
     bare = without_cache_fields(messages)
     begun = bare[-1] if bare else None
     if begun is None or begun["role"] != "assistant" or "tool_calls" in begun:
-        return await service.encode_chat(bare, tools, options)
-    asked = await service.encode_chat(bare[:-1], tools, options)
+        return await service.encode_chat(asker, bare, tools, options)
+    asked = await service.encode_chat(asker, bare[:-1], tools, options)
     text = _text_of(begun["content"])
-    answer = await service.encode_text(text, add_special_tokens=False)
+    answer = await service.encode_text(asker, text, add_special_tokens=False)
     start = len(asked.ids)
     return EncodedPrompt(
         ids=(*asked.ids, *answer.ids),

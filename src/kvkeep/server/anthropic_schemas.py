@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kvkeep.server.body_limits import Entries, FewEntries
 from kvkeep.server.cache_fields import CachedRequest
 from kvkeep.server.sampling_fields import SamplingRequest
 
@@ -11,8 +12,7 @@ __all__ = ["Block", "CountTokensRequest", "InputMessage", "MessagesRequest", "To
 
 # any: the type of a block decides what else it holds
 Block = dict[str, Any]
-# One wrong entry is enough: a list of a million is not to become a list of a million errors.
-_Blocks = Annotated[list[Block], Field(fail_fast=True)]
+_Blocks = Entries[Block]
 
 
 class _Open(BaseModel):
@@ -49,9 +49,9 @@ class CountTokensRequest(CachedRequest):
     """A prompt: what of a request the model reads."""
 
     model: str | None = None
-    messages: Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[Entries[InputMessage], Field(min_length=1)]
     system: str | _Blocks | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: FewEntries[Tool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
@@ -61,7 +61,7 @@ class MessagesRequest(CountTokensRequest, SamplingRequest):
     """A prompt and how to answer it; besides the protocol's own settings those of the other routes."""
 
     max_tokens: int = Field(ge=0, description="0 only fills the cache")
-    stop_sequences: list[str] | None = None
+    stop_sequences: FewEntries[str] | None = None
     stream: bool | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None

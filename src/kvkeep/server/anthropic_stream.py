@@ -60,10 +60,6 @@ class MessageUsage:
         creation = {"ephemeral_5m_input_tokens": short, "ephemeral_1h_input_tokens": long}
         return self.counts() | {"cache_creation": creation, "service_tier": "standard"}
 
-    def fields_at_start(self) -> dict[str, Any]:
-        """What a stream's first event says: the prompt, before it is known how much of it was read."""
-        return self.counts() | {"cache_creation": None, "service_tier": "standard"}
-
 
 class StopSequences:
     """Takes the stop sequence off the end of an answer and remembers which it was.
@@ -107,7 +103,7 @@ class MessageWriter:
 
     def start(self, usage: MessageUsage, more: Mapping[str, Any] | None = None) -> list[Event]:
         """Begin the stream; `more` are further fields of the message."""
-        message = {**self._message, "usage": usage.fields_at_start(), **(more or {})}
+        message = {**self._message, "usage": usage.fields(), **(more or {})}
         return [{"type": "message_start", "message": message}]
 
     def say(self, text: str) -> list[Event]:

@@ -42,6 +42,7 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
+    app.state.gate = gate = Gate(settings, read_secret(settings.secret_file))
     for module in (
         basic_routes,
         openai_routes,
@@ -56,9 +57,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(
         WholeBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
     )
-    app.add_middleware(
-        Gatekeeper, gate=Gate(settings, read_secret(settings.secret_file)), settings=settings
-    )
+    app.add_middleware(Gatekeeper, gate=gate, settings=settings)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

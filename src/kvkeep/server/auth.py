@@ -8,12 +8,12 @@ from typing import Annotated, NewType
 
 from fastapi import Depends, Request
 
+from kvkeep.config.server import ServerSettings
 from kvkeep.server.errors import ApiError
-from kvkeep.server.settings import ServerSettings
 
 __all__ = ["Admin", "Asker", "Gate", "Tenant", "TenantId"]
 
-# Names a tenant in logs and metrics; says nothing about the key.
+# Names a tenant in logs and to the administrator; says nothing about the key.
 TenantId = NewType("TenantId", str)
 
 _SALT_CHARACTERS = 32
@@ -60,6 +60,18 @@ class Gate:
                 tenant_id, salt if settings.isolate_keys else None, is_admin
             )
         self._local = Tenant(_NO_KEY, None, is_admin=settings.admin_key is None)
+        named = [self._digest_to_tenant[_digest(key)] for key in settings.api_keys]
+        self._salt_to_owner = {one.salt: one for one in named or [self._local]}
+
+    @property
+    def tenants(self) -> list[Tenant]:
+        """The tenants of all keys."""
+        return list(self._digest_to_tenant.values())
+
+    @property
+    def owners(self) -> list[Tenant]:
+        """One tenant for each cache that requests use: one in all where keys share, or are not set."""
+        return list(self._salt_to_owner.values())
 
     def admit(self, headers: Mapping[str, str]) -> Tenant:
         """The tenant whose key is in `Authorization: Bearer KEY` or `x-api-key`.
@@ -93,16 +105,16 @@ class Gate:
         return found
 
 
-def asker_of(request: Request) -> Tenant:
+async def asker_of(request: Request) -> Tenant:
     """The tenant that the gate let in."""
     tenant = request.state.tenant
     assert isinstance(tenant, Tenant)
     return tenant
 
 
-def admin_of(request: Request) -> Tenant:
+async def admin_of(request: Request) -> Tenant:
     """The tenant, if it may administer. Raises ApiError 403 otherwise."""
-    tenant = asker_of(request)
+    tenant = await asker_of(request)
     if not tenant.is_admin:
         raise ApiError(
             403,

@@ -1,17 +1,20 @@
 """Routes that every server of this kind has: is it well, which model, text to tokens and back."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse
 
 from kvkeep import __version__
 from kvkeep.errors import RequestError
-from kvkeep.server.auth import Asker
+from kvkeep.server.auth import Asker, Tenant
+from kvkeep.server.body_limits import Entries, FewEntries, TokenIds
+from kvkeep.server.disconnect import unless_disconnected
 from kvkeep.server.prompts import EncodedPrompt
 from kvkeep.server.service import Service, ServiceState, Serving
+from kvkeep.server.unknown_routes import served_paths
 
 __all__ = ["routes"]
 
@@ -30,8 +33,8 @@ class TokenizeRequest(BaseModel):
     model: str | None = None
     prompt: str | None = None
     content: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Entries[dict[str, Any]] | None = None
+    tools: FewEntries[dict[str, Any]] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
@@ -54,7 +57,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
-    tokens: list[int] = Field(max_length=1_000_000)
+    tokens: Annotated[TokenIds[int], Field(max_length=1_000_000)]
     skip_special_tokens: bool = False
 
 
@@ -69,6 +72,21 @@ class VersionResponse(BaseModel):
     """Which kvkeep this is."""
 
     version: str
+
+
+class RootResponse(BaseModel):
+    """What this is; the OpenAPI document describes the paths."""
+
+    name: str = "kvkeep"
+    version: str = __version__
+    model: str
+    description: str = (
+        "Serves a model over the protocols of OpenAI (base URL ends with /v1) and Anthropic (without /v1), "
+        "and keeps its KV cache."
+    )
+    openapi: str = "/openapi.json"
+    documents: str = "docs/http.md in the repository of kvkeep"
+    paths: list[str]
 
 
 class ModelCard(BaseModel):
@@ -89,8 +107,9 @@ class ModelList(BaseModel):
 
 
 def routes() -> APIRouter:
-    """/health, /version, /v1/models, /tokenize, /detokenize."""
+    """/, /health, /version, /v1/models, /tokenize, /detokenize."""
     router = APIRouter(tags=["server"])
+    router.add_api_route("/", root, methods=["GET"])
     router.add_api_route("/health", health, methods=["GET"])
     router.add_api_route("/version", version, methods=["GET"])
     router.add_api_route("/v1/models", models, methods=["GET"])
@@ -99,6 +118,11 @@ def routes() -> APIRouter:
     router.add_api_route("/tokenize", tokenize, methods=["POST"])
     router.add_api_route("/detokenize", detokenize, methods=["POST"])
     return router
+
+
+async def root(request: Request, service: Serving, _: Asker) -> RootResponse:
+    """What this server is, and where its routes are described."""
+    return RootResponse(model=service.model_id, paths=served_paths(request))
 
 
 async def health(service: Serving) -> JSONResponse:
@@ -126,14 +150,16 @@ async def model(model_id: str, service: Serving, _: Asker) -> ModelCard:
     return _card(service, service.check_model(model_id))
 
 
-async def tokenize(body: TokenizeRequest, service: Serving, _: Asker) -> TokenizeResponse:
+async def tokenize(
+    request: Request, body: TokenizeRequest, service: Serving, asker: Asker
+) -> TokenizeResponse:
     """The tokens of a text or a conversation."""
     service.check_model(body.model)
-    encoded = await _encode(body, service)
+    encoded = await unless_disconnected(request.receive, _encode(body, service, asker))
     strings = None
     if body.return_token_strs:
         decode = service.prompts.decode
-        strings = await service.in_thread(lambda: [decode([token]) for token in encoded.ids])
+        strings = await service.in_thread(asker, lambda: [decode([token]) for token in encoded.ids])
     return TokenizeResponse(
         count=len(encoded.ids),
         max_model_len=service.llm.installed.max_context,
@@ -143,17 +169,18 @@ async def tokenize(body: TokenizeRequest, service: Serving, _: Asker) -> Tokeniz
     )
 
 
-async def detokenize(body: DetokenizeRequest, service: Serving, _: Asker) -> DetokenizeResponse:
+async def detokenize(body: DetokenizeRequest, service: Serving, asker: Asker) -> DetokenizeResponse:
     """The text of tokens."""
     service.check_model(body.model)
-    text = await service.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+    text = await service.decode(asker, body.tokens, skip_special_tokens=body.skip_special_tokens)
     return DetokenizeResponse(prompt=text, content=text)
 
 
-async def _encode(body: TokenizeRequest, service: Service) -> EncodedPrompt:
+async def _encode(body: TokenizeRequest, service: Service, asker: Tenant) -> EncodedPrompt:
     if body.messages is not None:
         options: Mapping[str, Any] = body.chat_template_kwargs or {}
         return await service.encode_chat(
+            asker,
             body.messages,
             body.tools,
             options,
@@ -162,7 +189,7 @@ async def _encode(body: TokenizeRequest, service: Service) -> EncodedPrompt:
     text = body.prompt if body.prompt is not None else body.content
     if text is None:
         raise RequestError("prompt is missing; send prompt (text) or messages (a conversation)")
-    return await service.encode_text(text, add_special_tokens=body.add_special_tokens)
+    return await service.encode_text(asker, text, add_special_tokens=body.add_special_tokens)
 
 
 def _card(service: Service, name: str) -> ModelCard:

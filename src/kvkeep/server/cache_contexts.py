@@ -1,4 +1,4 @@
-"""Named contexts: prompts that were computed ahead, by tenant and name. They live as long as the server."""
+"""Named contexts: prompts that were computed ahead, by tenant and name."""
 
 from array import array
 from collections.abc import Iterator
@@ -69,16 +69,21 @@ class ContextBook:
                 code="too_many",
             )
 
-    def put(self, context: Context) -> None:
-        """Enter a context, in place of one of the same salt and name."""
-        known = self._contexts.get((context.salt, context.name))
+    def put(self, context: Context) -> Context:
+        """Enter a context, in place of one of the same salt and name, whose age it takes over."""
+        known = self.find(context.salt, context.name)
         if known is not None:
             context = replace(context, created_at=known.created_at)
         self._contexts[context.salt, context.name] = context
+        return context
+
+    def find(self, salt: str | None, name: str) -> Context | None:
+        """The context, None where there is none."""
+        return self._contexts.get((salt, name))
 
     def get(self, salt: str | None, name: str) -> Context:
         """The context. Raises ApiError 404 where there is none."""
-        found = self._contexts.get((salt, name))
+        found = self.find(salt, name)
         if found is None:
             raise ApiError(
                 404,
@@ -87,9 +92,9 @@ class ContextBook:
             )
         return found
 
-    def remove(self, salt: str | None, name: str) -> Context | None:
-        """Take a context out; None where there is none."""
-        return self._contexts.pop((salt, name), None)
+    def remove(self, salt: str | None, name: str) -> None:
+        """Take a context out, if it is there."""
+        self._contexts.pop((salt, name), None)
 
     def all(self, salts: tuple[str | None, ...]) -> Iterator[Context]:
         """Contexts of these salts, of all where none is given, by name."""

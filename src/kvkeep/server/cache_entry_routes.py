@@ -1,36 +1,35 @@
-"""/v1/cache/entries, pins and quotas: single blocks, what is kept on purpose, and the shares of tenants."""
+"""/v1/cache/entries and pins: single blocks, and what is kept on purpose."""
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from string import hexdigits
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 
-from kvkeep.cache import BlockReport, PinId, QuotaReport, Selector, SessionId
-from kvkeep.errors import CapacityError
+from kvkeep.cache import BlockReport, PinId, Selector, SessionId
 from kvkeep.llm import LLM
+from kvkeep.server.block_content import block_content
 from kvkeep.server.cache_groups import grouped
 from kvkeep.server.cache_orders import purge_to_end
 from kvkeep.server.cache_prompts import encode_given
-from kvkeep.server.cache_schemas import EntryQuery, PinRequest, QuotaRequest
-from kvkeep.server.cache_scope import AdminScope, Scope
+from kvkeep.server.cache_schemas import EntryQuery, PinRequest
+from kvkeep.server.cache_scope import AdminScope, AskerScope, Scope
 from kvkeep.server.cache_state import CacheState, Kept
-from kvkeep.server.cache_work import block_fields, pin_fields, purge_fields
+from kvkeep.server.cache_work import MOST_LISTED, block_fields, pin_fields, purge_fields
 from kvkeep.server.errors import ApiError
 from kvkeep.server.service import Service, Serving
 from kvkeep.spec import BlockKey
 
 __all__ = ["pin_keys", "routes"]
 
-# Of these a list is made; those that were used longer ago are not listed.
-_MOST_LISTED = 50_000
+_LEAST_DIGITS, _KEY_DIGITS = 8, 64
 
 
 def routes() -> APIRouter:
-    """The router of entries, pins and quotas."""
+    """The router of entries and pins."""
     router = APIRouter()
     _add_entries(router)
     _add_pins(router)
-    _add_quotas(router)
     return router
 
 
@@ -44,9 +43,10 @@ def _add_entries(router: APIRouter) -> None:
         """Blocks by what they bear; with `by=labels` those that bear the same are one entry."""
         found = await service.call(_listing(asked, scope))
         if asked.by == "labels":
-            rows = grouped(found, service.llm.settings.block_size)
+            rows = grouped(found, service.llm.settings.block_size, scope.named)
         else:
-            rows = [block_fields(one) for one in sorted(found, key=_ORDERS[asked.sort])]
+            found.sort(key=_ORDERS[asked.sort])
+            rows = [scope.named(block_fields(one), one.namespace) for one in found]
         return _page(rows, asked.limit, asked.after)
 
     _add_entry(router)
@@ -54,9 +54,22 @@ def _add_entries(router: APIRouter) -> None:
 
 def _add_entry(router: APIRouter) -> None:
     @router.get("/v1/cache/entries/{entry_id}")
-    async def entry(service: Serving, scope: AdminScope, entry_id: str) -> dict[str, Any]:
-        """One block."""
-        return block_fields(await service.call(_entry(entry_id, scope)))
+    async def entry(
+        service: Serving,
+        scope: AskerScope,
+        entry_id: str,
+        salt: str | None = None,
+        include: Literal["text"] | None = None,
+    ) -> dict[str, Any]:
+        """One block, of the asker's own; with `include=text` also what it is a block of.
+
+        That is known of prompts that were sent lately; `content` is null for all others.
+        """
+        report = await service.call(_entry(entry_id, scope, salt))
+        fields = scope.named(block_fields(report), report.namespace)
+        if include is None:
+            return fields
+        return fields | {"content": await block_content(service, scope.tenant, report)}
 
     @router.delete("/v1/cache/entries/{entry_id}")
     async def remove_entry(
@@ -75,7 +88,7 @@ def _add_entry(router: APIRouter) -> None:
             return Selector(keys=(find(llm).key,), include_pinned=include_pinned)
 
         receipt = await purge_to_end(service, choose, dry_run=dry_run)
-        kept.events.purged(receipt)
+        kept.events.purged(receipt, scope.owner)
         return purge_fields(receipt)
 
 
@@ -93,7 +106,7 @@ def _listing(asked: EntryQuery, scope: Scope) -> Callable[[LLM], list[BlockRepor
     selector = Selector(tags=tags, salts=salts, everything=not (tags or salts))
 
     def ask(llm: LLM) -> list[BlockReport]:
-        found = llm.cache.entries(selector, limit=_MOST_LISTED)
+        found = llm.cache.entries(selector, limit=MOST_LISTED)
         return [
             one
             for one in found
@@ -122,17 +135,28 @@ def _page(rows: list[dict[str, Any]], limit: int, after: str | None) -> dict[str
     }
 
 
-def _entry(entry_id: str, scope: Scope) -> Callable[[LLM], BlockReport]:
+def _entry(entry_id: str, scope: Scope, salt: str | None = None) -> Callable[[LLM], BlockReport]:
+    """The question for a block by its key in hex, or by the first digits of it that no other begins with."""
     unknown = ApiError(404, f"there is no entry {entry_id!r:.80}", param="entry_id", code="unknown")
-    try:
-        key = BlockKey(bytes.fromhex(entry_id))
-    except ValueError:
-        raise unknown from None
+    is_hex = all(digit in hexdigits for digit in entry_id)
+    if not (is_hex and _LEAST_DIGITS <= len(entry_id) <= _KEY_DIGITS):
+        raise unknown
+    is_whole, salts = len(entry_id) == _KEY_DIGITS, scope.salts(salt)
 
     def find(llm: LLM) -> BlockReport:
-        found = llm.cache.entries(Selector(keys=(key,), salts=scope.salts(None)))
+        selector = Selector(salts=salts, everything=not salts)
+        if is_whole:
+            selector = Selector(keys=(BlockKey(bytes.fromhex(entry_id)),), salts=salts)
+        begin = entry_id.lower()
+        listed = llm.cache.entries(selector, limit=MOST_LISTED)
+        found = [one for one in listed if one.key.hex().startswith(begin)]
         if not found:
             raise unknown
+        if len(found) > 1:
+            message = (
+                f"entry_id={entry_id!r} begins the keys of {len(found)} blocks; give more digits"
+            )
+            raise ApiError(400, message, param="entry_id")
         return found[0]
 
     return find
@@ -143,8 +167,12 @@ def _add_pins(router: APIRouter) -> None:
     async def pins(service: Serving, scope: AdminScope) -> dict[str, Any]:
         """All pins, and the blocks that they mean."""
         reports = await service.call(lambda llm: llm.cache.pins())
-        named = [(scope.own_pin(report.name), report) for report in reports]
-        data = [pin_fields(name, report) for name, report in named if name is not None]
+        named = [(scope.own_pin(report), report) for report in reports]
+        data = [
+            scope.named(pin_fields(name, report), report.namespace)
+            for name, report in named
+            if name is not None
+        ]
         return {"object": "list", "data": data}
 
     @router.post("/v1/cache/pins")
@@ -176,7 +204,7 @@ async def _ids_to_pin(
     if asked.context is not None:
         return kept.contexts.get(salt, asked.context).token_ids
     if asked.session is None:
-        return (await encode_given(service, asked)).ids
+        return (await encode_given(service, scope.tenant, asked)).ids
     session = asked.session
 
     def tokens(llm: LLM) -> list[int]:
@@ -198,64 +226,7 @@ async def _ids_to_pin(
 async def pin_keys(
     service: Service, scope: Scope, name: str, ids: Sequence[int], salt: str | None
 ) -> dict[str, Any]:
-    """Pin what is known of a prompt. Raises ApiError 413, with both numbers, over the cap."""
+    """Pin what is known of a prompt. Raises PinCapacityError, with both numbers, over the cap."""
     pin_id = PinId(scope.pin_name(name))
-    try:
-        report = await service.call(lambda llm: llm.cache.pin(ids, name=pin_id, salt=salt))
-    except CapacityError as error:
-        raise ApiError(413, str(error), code="pin_cap") from error
+    report = await service.call(lambda llm: llm.cache.pin(ids, name=pin_id, salt=salt))
     return {**pin_fields(name, report), "requested": len(ids) // service.llm.settings.block_size}
-
-
-def _add_quotas(router: APIRouter) -> None:
-    @router.get("/v1/cache/quotas")
-    async def quotas(service: Serving, scope: AdminScope) -> dict[str, Any]:
-        """What tenants may take, and take."""
-        reports = await service.call(lambda llm: llm.cache.quotas())
-        own = scope.salts(None)
-        data = [_quota_fields(one) for one in reports if not own or one.salt in own]
-        return {"object": "list", "data": data}
-
-    @router.put("/v1/cache/quotas/{salt:path}")
-    async def set_quota(
-        asked: QuotaRequest, service: Serving, scope: AdminScope, salt: str
-    ) -> dict[str, Any]:
-        """Bound the bytes of the blocks of one salt."""
-        _only_all(scope)
-        await service.call(lambda llm: llm.cache.set_quota(salt, asked.limit_bytes))
-        return await _quota(service, salt)
-
-    @router.get("/v1/cache/quotas/{salt:path}")
-    async def quota(service: Serving, scope: AdminScope, salt: str) -> dict[str, Any]:
-        """What one salt may take, and takes."""
-        _only_all(scope)
-        return await _quota(service, salt)
-
-    @router.delete("/v1/cache/quotas/{salt:path}")
-    async def remove_quota(service: Serving, scope: AdminScope, salt: str) -> dict[str, Any]:
-        """Lift a bound."""
-        _only_all(scope)
-        fields = await _quota(service, salt)
-        await service.call(lambda llm: llm.cache.set_quota(salt, None))
-        return {**fields, "deleted": True}
-
-
-def _only_all(scope: Scope) -> None:
-    if not scope.sees_all:
-        raise ApiError(403, "quotas are set with the admin key; start the server with --admin-key")
-
-
-async def _quota(service: Service, salt: str) -> dict[str, Any]:
-    for one in await service.call(lambda llm: llm.cache.quotas()):
-        if one.salt == salt:
-            return _quota_fields(one)
-    raise ApiError(404, f"salt {salt!r:.200} has no quota", param="salt", code="unknown")
-
-
-def _quota_fields(report: QuotaReport) -> dict[str, Any]:
-    return {
-        "object": "cache.quota",
-        "salt": report.salt,
-        "limit_bytes": report.limit_bytes,
-        "used_bytes": report.used_bytes,
-    }

@@ -6,6 +6,7 @@ never refused: it becomes a warning, which the response's header X-KV-Warnings c
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +16,7 @@ from kvkeep.config.durations import parse_duration
 from kvkeep.config.nearest import nearest_hint
 from kvkeep.errors import ConfigError, RequestError
 from kvkeep.server.block_fields import shown
+from kvkeep.server.body_limits import FewEntries
 
 __all__ = [
     "CacheFields",
@@ -29,6 +31,8 @@ __all__ = [
 SESSION_HEADER = "x-session-id"
 WARNINGS_HEADER = "X-KV-Warnings"
 _MAX_HEADER_LENGTH = 1024
+# More names would not go into the header.
+_MAX_UNKNOWN = 64
 # What a message or a content part may say of the cache; no template shall see it.
 _PART_FIELDS = ("kv_cache", "cache_control", "prompt_cache_breakpoint")
 # The lifetime of a mark without one, as the protocol that invented it has it.
@@ -43,7 +47,7 @@ class KVCacheObject(BaseModel):
 
     session: str | None = None
     context: str | None = None
-    tags: list[str] | None = None
+    tags: FewEntries[str] | None = None
     salt: str | None = None
     ttl: int | float | str | None = Field(None, description='seconds, "30m", "1h", "never" or -1')
     ttl_counts_from: str | None = None
@@ -155,7 +159,7 @@ def read_cache_fields(
     _read_aliases(reading, request, headers)
     _read_marks(reading, [request.cache_control, *_marks(messages), *_marks(marked)])
     placed = tuple(_placed_tags(messages, reading.warnings))
-    for name in request.model_extra or {}:
+    for name in islice(request.model_extra or {}, _MAX_UNKNOWN):
         reading.warnings.add(f"{name!r:.80} is unknown and ignored")
     return CacheFields(
         options=reading.options(),
@@ -212,7 +216,7 @@ def _read_object(reading: _Reading, found: KVCacheObject | None) -> bool:
             value = _ttl(value)
         if field != "explain":
             reading.offer(field, value, f"kv_cache.{field}")
-    for name in found.model_extra or {}:
+    for name in islice(found.model_extra or {}, _MAX_UNKNOWN):
         hint = nearest_hint(name, KVCacheObject.model_fields)
         reading.warnings.add(f"kv_cache.{name:.80} is unknown and ignored; {hint}")
     return bool(found.explain)

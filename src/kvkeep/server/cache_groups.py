@@ -1,13 +1,14 @@
 """Blocks that bear the same labels as one entry: what somebody wants to see of a full cache."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
 from kvkeep.cache import BlockReport
 from kvkeep.server.cache_work import shown_time
+from kvkeep.spec import BlockKey
 
 __all__ = ["grouped"]
 
@@ -26,8 +27,12 @@ class _Group:
     ends: list[float | None] = field(default_factory=list)
 
 
-def grouped(reports: Sequence[BlockReport], block_size: int) -> list[dict[str, Any]]:
-    """Rows as JSON, the largest first."""
+def grouped(
+    reports: Sequence[BlockReport],
+    block_size: int,
+    named: Callable[[dict[str, Any], BlockKey], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Rows as JSON, the largest first; `named` adds whose namespace it is."""
     groups: dict[bytes, _Group] = {}
     for report in reports:
         name = _name(report)
@@ -38,7 +43,7 @@ def grouped(reports: Sequence[BlockReport], block_size: int) -> list[dict[str, A
         group.used_at = max(group.used_at, report.used_at or report.created_at)
         group.ends.append(report.expires_at)
     order = sorted(groups.items(), key=lambda item: (-item[1].num_bytes, item[0]))
-    return [_fields(name, group, block_size) for name, group in order]
+    return [named(_fields(name, group, block_size), group.first.namespace) for name, group in order]
 
 
 def _name(report: BlockReport) -> bytes:

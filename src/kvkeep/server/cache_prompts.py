@@ -7,6 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 from kvkeep.cache.explain import Outline
+from kvkeep.server.auth import Tenant
 from kvkeep.server.cache_fields import without_cache_fields
 from kvkeep.server.cache_schemas import PromptFields
 from kvkeep.server.errors import ApiError
@@ -26,12 +27,13 @@ class GivenPrompt:
     outline: Outline
 
 
-async def encode_given(service: Service, given: PromptFields) -> GivenPrompt:
+async def encode_given(service: Service, asker: Tenant, given: PromptFields) -> GivenPrompt:
     """Tokens of the one form that is given. Raises ApiError 400 for what is empty or too long."""
     service.check_model(given.model)
     if given.messages is not None:
         messages = without_cache_fields(given.messages)
         encoded = await service.encode_chat(
+            asker,
             messages,
             given.tools,
             given.chat_template_kwargs,
@@ -40,7 +42,7 @@ async def encode_given(service: Service, given: PromptFields) -> GivenPrompt:
         outline = outline_of(encoded, messages, given.tools, given.chat_template_kwargs)
         prompt = GivenPrompt(encoded.ids, outline)
     elif given.prompt is not None:
-        prompt = GivenPrompt((await service.encode_text(given.prompt)).ids, Outline())
+        prompt = GivenPrompt((await service.encode_text(asker, given.prompt)).ids, Outline())
     else:
         prompt = GivenPrompt(given.token_ids or (), Outline())
     most = service.max_prompt_tokens

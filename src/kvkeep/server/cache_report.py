@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from math import isinf
 from typing import Any
 
 from kvkeep.cache import Receipt
@@ -10,7 +9,14 @@ from kvkeep.cache.explain.miss import Miss
 from kvkeep.config import CacheOptions
 from kvkeep.server.token_texts import TokenTexts
 
-__all__ = ["cache_headers", "cache_report", "miss_fields", "usage_fields", "written_tokens"]
+__all__ = [
+    "cache_headers",
+    "cache_report",
+    "miss_fields",
+    "num_written",
+    "usage_fields",
+    "written_tokens",
+]
 
 
 def written_tokens(receipt: Receipt, options: CacheOptions, block_size: int) -> int:
@@ -18,11 +24,17 @@ def written_tokens(receipt: Receipt, options: CacheOptions, block_size: int) -> 
 
     Never more than what was computed.
     """
+    return num_written(receipt.prompt_tokens, receipt.reused_tokens, options, block_size)
+
+
+def num_written(
+    prompt_tokens: int, reused_tokens: int, options: CacheOptions, block_size: int
+) -> int:
+    """The same of a prompt that is still being answered, of which so many tokens were reused."""
     # The last token of a prompt is computed even where its block was there.
-    if not options.write or receipt.computed_tokens <= 1:
+    if not options.write or prompt_tokens - reused_tokens <= 1:
         return 0
-    num_kept = receipt.prompt_tokens // block_size * block_size
-    return max(0, num_kept - receipt.reused_tokens)
+    return max(0, prompt_tokens // block_size * block_size - reused_tokens)
 
 
 def usage_fields(receipts: Sequence[Receipt], num_written: int) -> dict[str, Any]:
@@ -46,10 +58,10 @@ def cache_headers(receipts: Sequence[Receipt], block_size: int) -> dict[str, str
     prompt = sum(receipt.prompt_tokens for receipt in receipts)
     status = _status(receipts, block_size).upper()
     headers = {"x-kv-cache": f"{status}; tokens={reused}/{prompt}"}
-    firsts = [one.first_token_s for one in receipts if one.first_token_s is not None]
-    total_ms = max(receipt.total_s for receipt in receipts) * 1e3
-    parts = [f"first_token;dur={max(firsts) * 1e3:.1f}"] if firsts else []
-    return headers | {"Server-Timing": ", ".join([*parts, f"total;dur={total_ms:.1f}"])}
+    timings = list(map(_timings, receipts))
+    longest = {name: max(timing[name] or 0.0 for timing in timings) for name in timings[0]}
+    parts = [f"{name};dur={seconds * 1e3:.1f}" for name, seconds in longest.items() if seconds]
+    return headers | {"Server-Timing": ", ".join(parts)}
 
 
 def cache_report(
@@ -57,15 +69,12 @@ def cache_report(
     options: CacheOptions,
     block_size: int,
     *,
-    now_s: float,
     texts: TokenTexts | None = None,
 ) -> dict[str, Any]:
     """The object `kv_cache` of a response to a request with `explain`.
 
-    With `texts` a miss has its snippets as text: of what the same tenant sent before, and sends now. `now_s`
-    is the wall clock, from which `expires_at` counts.
+    With `texts` a miss has its snippets as text: of what the same tenant sent before, and sends now.
     """
-    first_ms = None if receipt.first_token_s is None else round(receipt.first_token_s * 1e3, 1)
     return {
         "session": options.session,
         "status": _status([receipt], block_size),
@@ -73,8 +82,11 @@ def cache_report(
         "computed_tokens": receipt.computed_tokens,
         "recomputed_tokens": receipt.recomputed_tokens,
         "load_failures": receipt.load_failures,
-        "ttft_ms": first_ms,
-        "expires_at": _expires_at(options, now_s),
+        "ttft_ms": _milliseconds(receipt.first_token_s),
+        "queue_ms": _milliseconds(receipt.queue_s),
+        "restore_ms": _milliseconds(receipt.restore_s),
+        "saved_ms_est": _milliseconds(receipt.saved_s),
+        "expires_at": _expires_at(receipt),
         "miss": miss_fields(receipt.miss, texts),
     }
 
@@ -90,12 +102,27 @@ def _status(receipts: Sequence[Receipt], block_size: int) -> str:
     return "hit" if is_hit else "partial"
 
 
-def _expires_at(options: CacheOptions, now_s: float) -> str | None:
-    ttl_s = options.ttl_s
-    if ttl_s is None or isinf(ttl_s):
+def _timings(receipt: Receipt) -> dict[str, float | None]:
+    """What a request waited for, in seconds, as far as it is known; the same names for all of them."""
+    first_s, queue_s = receipt.first_token_s, receipt.queue_s
+    return {
+        "queue": queue_s,
+        "restore": receipt.restore_s,
+        "prefill": None if first_s is None or queue_s is None else first_s - queue_s,
+        "first_token": first_s,
+        "total": receipt.total_s,
+    }
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 1)
+
+
+def _expires_at(receipt: Receipt) -> str | None:
+    if receipt.expires_at is None:
         return None
     try:
-        return datetime.fromtimestamp(now_s + ttl_s, UTC).isoformat(timespec="seconds")
+        return datetime.fromtimestamp(receipt.expires_at, UTC).isoformat(timespec="seconds")
     except (ValueError, OverflowError):
         return None  # farther than calendars go
 

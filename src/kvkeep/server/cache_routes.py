@@ -9,49 +9,64 @@ from kvkeep.cache import Selector
 from kvkeep.config.durations import parse_duration
 from kvkeep.llm import LLM
 from kvkeep.planning import DEVICE
-from kvkeep.server import cache_context_routes, cache_entry_routes, cache_session_routes
+from kvkeep.server import (
+    cache_context_routes,
+    cache_entry_routes,
+    cache_quota_routes,
+    cache_session_routes,
+)
+from kvkeep.server.cache_context_work import erase_contexts
 from kvkeep.server.cache_orders import purge_to_end
 from kvkeep.server.cache_prompts import GivenPrompt, encode_given
 from kvkeep.server.cache_report import miss_fields
 from kvkeep.server.cache_schemas import LookupRequest, PurgeRequest, VerifyRequest
-from kvkeep.server.cache_scope import AdminScope, AskerScope, Scope
-from kvkeep.server.cache_state import Kept, keeping
-from kvkeep.server.cache_work import cache_fields, known_of, purge_fields
+from kvkeep.server.cache_scope import AdminScope, AskerScope, Scope, named_scope
+from kvkeep.server.cache_state import Kept
+from kvkeep.server.cache_work import cache_fields, known_of, own_fields, purge_fields
 from kvkeep.server.errors import ApiError
 from kvkeep.server.model_profile import Profile
 from kvkeep.server.service import Service, Serving
 from kvkeep.server.sse import EventStream
+from kvkeep.server.warming import keeping_warm
 
 __all__ = ["routes", "selector_for"]
 
 
 def routes() -> APIRouter:
     """The routers of the cache, which keep their state in `app.state.cache`."""
-    router = APIRouter(lifespan=keeping, tags=["cache"])
+    router = APIRouter(lifespan=keeping_warm, tags=["cache"])
     _add_questions(router)
     _add_orders(router)
-    for part in (cache_entry_routes, cache_session_routes, cache_context_routes):
+    _add_resets(router)
+    parts = (cache_entry_routes, cache_quota_routes, cache_session_routes, cache_context_routes)
+    for part in parts:
         router.include_router(part.routes())
     return router
 
 
 def _add_questions(router: APIRouter) -> None:
     @router.get("/v1/cache")
-    async def state(service: Serving, scope: AdminScope) -> dict[str, Any]:
-        """Capacity and content of the device and of every tier, hit rate, pins, policy, fingerprint."""
-        return await service.call(cache_fields)
+    async def state(service: Serving, scope: AdminScope, kept: Kept) -> dict[str, Any]:
+        """Capacity and content of the device and of every tier, hit rate, pins, policy, fingerprint.
+
+        For a tenant that shares with nobody: what it has itself.
+        """
+        if scope.sees_all:
+            return await service.call(cache_fields)
+        tokens = kept.tenants.tokens_of(scope.tenant)
+        return await service.call(own_fields(scope.salts(None), tokens, own_pin=scope.own_pin))
 
     @router.post("/v1/cache/lookup")
     async def lookup(
         asked: LookupRequest, service: Serving, scope: AskerScope, kept: Kept, profile: Profile
     ) -> dict[str, Any]:
         """What a request with this prompt would find, and why not more. Nothing is computed or changed."""
-        prompt = await encode_given(service, asked)
+        prompt = await encode_given(service, scope.tenant, asked)
         question = known_of(
             prompt,
-            salt=scope.salt(asked.salt),
+            salt=scope.salt(asked.asked_salt),
             owner=scope.tenant.tenant_id,
-            session=asked.session,
+            session=asked.asked_session,
         )
         known = await service.call(question)
         fields = known.fields()
@@ -62,7 +77,8 @@ def _add_questions(router: APIRouter) -> None:
     @router.get("/v1/cache/events", response_class=EventStream, status_code=200)
     async def events(service: Serving, scope: AdminScope, kept: Kept) -> EventStream:
         """Server-sent events: hit, miss, stored, evicted, expired, demoted, promoted, purged, and others."""
-        return EventStream(kept.events.stream(keep_alive_s=service.settings.keep_alive_s))
+        keep_alive_s = service.settings.keep_alive_s
+        return EventStream(kept.events.stream(keep_alive_s=keep_alive_s, tenant=scope.owner))
 
 
 def _add_orders(router: APIRouter) -> None:
@@ -71,10 +87,17 @@ def _add_orders(router: APIRouter) -> None:
         asked: PurgeRequest, service: Serving, scope: AdminScope, kept: Kept
     ) -> dict[str, Any]:
         """Forget what the fields mean, everywhere, and say how much that was."""
-        prompt = None if asked.prefix is None else await encode_given(service, asked.prefix)
+        scope = named_scope(scope, asked.tenant)
+        prompt = (
+            None
+            if asked.prefix is None
+            else await encode_given(service, scope.tenant, asked.prefix)
+        )
         chosen = selector_for(asked, scope, prompt)
         receipt = await purge_to_end(service, chosen, dry_run=asked.dry_run)
-        kept.events.purged(receipt)
+        kept.events.purged(receipt, scope.owner)
+        if asked.erases_tenant:
+            await erase_contexts(service, kept, scope.salts(asked.salt))
         return purge_fields(receipt)
 
     @router.post("/v1/cache/verify")
@@ -93,6 +116,8 @@ def _add_orders(router: APIRouter) -> None:
             "problems": list(report.problems),
         }
 
+
+def _add_resets(router: APIRouter) -> None:
     @router.post("/reset_prefix_cache")
     async def reset_prefix_cache(
         service: Serving,
@@ -116,7 +141,7 @@ async def _clear(
 ) -> dict[str, Any]:
     chosen = selector_for(PurgeRequest(all=True, tiers=tiers), scope, None)
     receipt = await purge_to_end(service, chosen, dry_run=False)
-    kept.events.purged(receipt)
+    kept.events.purged(receipt, scope.owner)
     return purge_fields(receipt)
 
 
@@ -134,10 +159,11 @@ def selector_for(
             400, "all=true leaves nothing to choose; give it without other choices", param="all"
         )
     # The tenant's own salt is never a choice by itself: that would empty the cache by mistake.
-    if not (asked.all or is_narrow or asked.salt is not None):
+    names_tenant = asked.salt is not None or asked.tenant is not None
+    if not (asked.all or is_narrow or names_tenant):
         raise ApiError(
             400,
-            "the purge names no block; give sessions, tags, salt, prefix or an age, or all=true",
+            "the purge names no block; give sessions, tags, salt, tenant, prefix or an age, or all=true",
         )
 
     def choose(llm: LLM) -> Selector:

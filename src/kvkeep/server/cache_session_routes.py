@@ -14,9 +14,9 @@ from starlette.responses import FileResponse
 from kvkeep.cache import SessionReport
 from kvkeep.errors import CorruptBlockError, RequestError
 from kvkeep.llm import LLM
-from kvkeep.server.cache_contexts import context_of_session
+from kvkeep.server.cache_contexts import session_of_context
 from kvkeep.server.cache_orders import close_session, session_of
-from kvkeep.server.cache_schemas import ForkRequest
+from kvkeep.server.cache_schemas import ForkRequest, SessionChange
 from kvkeep.server.cache_scope import AdminScope, AskerScope
 from kvkeep.server.cache_state import Kept
 from kvkeep.server.cache_work import purge_fields, session_fields
@@ -39,6 +39,7 @@ def routes() -> APIRouter:
     """The router of sessions."""
     router = APIRouter()
     _add_questions(router)
+    _add_change(router)
     _add_orders(router)
     _add_files(router)
     return router
@@ -47,25 +48,55 @@ def routes() -> APIRouter:
 def _add_questions(router: APIRouter) -> None:
     @router.get("/v1/cache/sessions")
     async def sessions(
-        service: Serving, scope: AskerScope, salt: str | None = None
+        service: Serving, scope: AskerScope, kept: Kept, salt: str | None = None
     ) -> dict[str, Any]:
         """All sessions of the asker, of everybody for an administrator."""
         salts = scope.salts(salt)
 
+        contexts = [(one.salt, session_of_context(one.name)) for one in kept.contexts.all(salts)]
+
         def ask(llm: LLM) -> list[SessionReport]:
             roots = {llm.engine.namespace(one).root_key() for one in salts}
-            return [one for one in llm.cache.sessions() if not roots or one.namespace in roots]
+            of_contexts = {
+                (llm.engine.namespace(salt).root_key(), session) for salt, session in contexts
+            }
+            return [
+                one
+                for one in llm.cache.sessions()
+                if (not roots or one.namespace in roots)
+                and (one.namespace, one.name) not in of_contexts
+            ]
 
-        reports = await service.call(ask)
-        own = [one for one in reports if context_of_session(one.name) is None]
-        return {"object": "list", "data": [session_fields(one) for one in own]}
+        own = await service.call(ask)
+        rows = [scope.named(session_fields(one), one.namespace) for one in own]
+        return {"object": "list", "data": rows}
 
     @router.get("/v1/cache/sessions/{session_id:path}")
     async def session(
         service: Serving, scope: AskerScope, session_id: str, salt: str | None = None
     ) -> dict[str, Any]:
         """One session."""
-        return session_fields(await service.call(session_of(session_id, scope.salt(salt))))
+        report = await service.call(session_of(session_id, scope.salt(salt)))
+        return scope.named(session_fields(report), report.namespace)
+
+
+def _add_change(router: APIRouter) -> None:
+    @router.patch("/v1/cache/sessions/{session_id:path}")
+    async def change(
+        asked: SessionChange,
+        service: Serving,
+        scope: AskerScope,
+        session_id: str,
+        salt: str | None = None,
+    ) -> dict[str, Any]:
+        """Let a session end so long after its last use."""
+        known = session_of(session_id, scope.salt(salt))
+
+        def order(llm: LLM) -> SessionReport:
+            known(llm)
+            return llm.cache.change_session(session_id, ttl=asked.ttl, salt=scope.salt(salt))
+
+        return session_fields(await service.call(order))
 
 
 def _add_orders(router: APIRouter) -> None:
@@ -82,7 +113,7 @@ def _add_orders(router: APIRouter) -> None:
         """Close a session: blocks that only it uses are forgotten everywhere, shared ones stay."""
         await service.call(session_of(session_id, scope.salt(salt)))
         receipt = await close_session(service, session_id, scope.salt(salt), dry_run=dry_run)
-        kept.events.purged(receipt)
+        kept.events.purged(receipt, scope.owner)
         return purge_fields(receipt)
 
     @router.post("/v1/cache/sessions/{session_id:path}/fork", status_code=201)

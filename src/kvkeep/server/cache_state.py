@@ -1,16 +1,22 @@
 """What the routes of the cache keep between requests, for as long as the app runs."""
 
+import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from statistics import median
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
 
-from kvkeep.server.cache_contexts import ContextBook
+from kvkeep.server.auth import Gate, Tenant
+from kvkeep.server.cache_contexts import Context, ContextBook
+from kvkeep.server.context_file import ContextFile
 from kvkeep.server.events import EventFeed
 from kvkeep.server.service import Finished, Service
+from kvkeep.server.tenants import Tenants
+from kvkeep.spec import BlockKey
 
 __all__ = ["CacheState", "FirstTokenTimes", "Kept", "keeping"]
 
@@ -41,24 +47,75 @@ class FirstTokenTimes:
 
 
 class CacheState:
-    """Contexts, the feed of events, and times of the requests so far."""
+    """Contexts, tenants, the feed of events, and times of the requests so far."""
 
-    def __init__(self, service: Service) -> None:
-        self.contexts = ContextBook()
+    def __init__(self, service: Service, tenants: Sequence[Tenant] = ()) -> None:
         self.events = EventFeed(service)
         self.times = FirstTokenTimes()
+        self.tenants = Tenants(tenants, self._root_of)
+        self._service = service
+        path = service.settings.contexts_file
+        self._file = None if path is None else ContextFile(path)
+        # One thread, so that changes are written in their order.
+        self._writer = ThreadPoolExecutor(1, "kvkeep-contexts")
+        self._contexts: ContextBook | None = None
+
+    @property
+    def contexts(self) -> ContextBook:
+        """The contexts of the model, at first those of its last time. ApiError 503 while it is loading."""
+        if self._contexts is None:
+            book, model = ContextBook(), self._model
+            for one in [] if self._file is None else self._file.load(model):
+                book.put(one)
+            self._contexts = book
+        return self._contexts
+
+    async def keep(self, context: Context) -> None:
+        """Enter a context, or another form of one; it is written down when this returns."""
+        context = self.contexts.put(context)
+        if self._file is not None:
+            await self._write(self._file.put, context)
+
+    async def forget(self, context: Context) -> None:
+        """Take out a context."""
+        self.contexts.remove(context.salt, context.name)
+        if self._file is not None:
+            await self._write(self._file.remove, context)
+
+    async def tidy(self) -> None:
+        """Take what was forgotten out of the file as well."""
+        if self._file is not None:
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._file.tidy)
+
+    async def close(self) -> None:
+        """Come to an end with the file."""
+        await self.tidy()
+        self._writer.shutdown(wait=False)
+
+    def _root_of(self, salt: str) -> BlockKey:
+        return self._service.llm.engine.namespace(salt).root_key()
+
+    @property
+    def _model(self) -> str:
+        return self._service.llm.installed.namespace.model
+
+    async def _write(self, change: Callable[[str, Context], None], context: Context) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._writer, change, self._model, context)
 
 
 @asynccontextmanager
 async def keeping(app: FastAPI) -> AsyncIterator[None]:
     """From the app's start to its end there is a CacheState that sees every job end."""
     service: Service = app.state.service
-    app.state.cache = state = CacheState(service)
-    observers = [state.events.observe, state.times.observe]
+    gate: Gate = app.state.gate
+    app.state.cache = state = CacheState(service, gate.tenants)
+    observers = [state.events.observe, state.times.observe, state.tenants.observe]
     service.observers.extend(observers)
     yield
     for observer in observers:
         service.observers.remove(observer)
+    await state.close()
 
 
 def _kept(request: Request) -> CacheState:

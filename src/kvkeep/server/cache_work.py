@@ -1,27 +1,33 @@
 """What routes of the cache ask of the model, on the thread that owns it, as JSON."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from kvkeep.cache import BlockReport, PinReport, PurgeReceipt, SessionReport
+from kvkeep.cache import BlockReport, PinReport, PurgeReceipt, Selector, SessionReport
 from kvkeep.cache.explain import Miss, Sent
 from kvkeep.llm import LLM
 from kvkeep.planning import DEVICE, Coverage
 from kvkeep.server.cache_prompts import GivenPrompt
+from kvkeep.server.tenants import Tokens
 
 __all__ = [
+    "MOST_LISTED",
     "Known",
     "block_fields",
     "cache_fields",
     "known_of",
+    "own_fields",
     "pin_fields",
     "purge_fields",
     "session_fields",
     "shown_time",
 ]
+
+# Of these a list is made; those that were used longer ago are not listed.
+MOST_LISTED = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +109,38 @@ def cache_fields(llm: LLM) -> dict[str, Any]:
             "loaded_bytes": report.loaded_bytes,
             "load_failures": report.load_failures,
         }
-    asked = stats.reused_tokens + stats.computed_tokens
+    tokens = Tokens(stats.reused_tokens, stats.computed_tokens)
+    return {**_state(llm, tiers, tokens, pins), "running": stats.open_leases}
+
+
+def own_fields(
+    salts: tuple[str | None, ...], tokens: Tokens, own_pin: Callable[[PinReport], str | None]
+) -> Callable[[LLM], dict[str, Any]]:
+    """The question for the state of what one tenant has: its blocks of these salts, by tier, and its pins."""
+
+    def ask(llm: LLM) -> dict[str, Any]:
+        entries, num_bytes = Counter[str](), Counter[str]()
+        for block in llm.cache.entries(Selector(salts=salts), limit=MOST_LISTED):
+            entries.update(block.places)
+            num_bytes.update(dict.fromkeys(block.places, block.num_bytes))
+        names = [DEVICE, *(report.tier.name for report in llm.cache.stats().tiers)]
+        tiers = {name: {"used_bytes": num_bytes[name], "entries": entries[name]} for name in names}
+        pins = [one for one in llm.cache.pins() if own_pin(one) is not None]
+        return _state(llm, tiers, tokens, pins)
+
+    return ask
+
+
+def _state(
+    llm: LLM, tiers: Mapping[str, Any], tokens: Tokens, pins: Sequence[PinReport]
+) -> dict[str, Any]:
+    asked = tokens.reused + tokens.computed
     return {
         "object": "cache",
         "tiers": tiers,
-        "reused_tokens": stats.reused_tokens,
-        "computed_tokens": stats.computed_tokens,
-        "hit_rate": stats.reused_tokens / asked if asked else None,
-        "running": stats.open_leases,
+        "reused_tokens": tokens.reused,
+        "computed_tokens": tokens.computed,
+        "hit_rate": tokens.reused / asked if asked else None,
         "pins": len(pins),
         "pinned_blocks": sum(pin.num_on_device for pin in pins),
         "block_size": llm.settings.block_size,
@@ -130,6 +160,7 @@ def purge_fields(receipt: PurgeReceipt) -> dict[str, Any]:
         "skipped_pinned": receipt.skipped_pinned,
         "skipped_in_use": receipt.in_use,
         "tiers": receipt.stored,
+        "not_reached": list(receipt.not_reached),
         "dry_run": receipt.dry_run,
     }
 
@@ -158,6 +189,7 @@ def pin_fields(name: str, report: PinReport) -> dict[str, Any]:
         "name": name,
         "blocks": report.num_blocks,
         "blocks_on_device": report.num_on_device,
+        "tiers": report.stored,
     }
 
 

@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,9 +16,12 @@ from kvkeep.errors import (
     CapacityError,
     ConfigError,
     KVKeepError,
+    PinCapacityError,
     RequestError,
     TierError,
 )
+from kvkeep.server.field_errors import bad_fields
+from kvkeep.server.unknown_routes import allowed_methods, no_route, wrong_method
 
 __all__ = [
     "ApiError",
@@ -45,7 +49,6 @@ _STATUS_TO_KIND = {
 }
 # Where Anthropic's names differ from OpenAI's.
 _ANTHROPIC_KINDS = {"server_error": "api_error"}
-_MAX_DETAILS = 5
 _FIELD = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\])?(?:\.[a-z0-9_]+(?:\[\d+\])?)*)(?:=| is | has )")
 
 
@@ -80,8 +83,6 @@ def api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case RequestValidationError():
-            return _validation_error(error.errors())
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
         case RecursionError():
@@ -96,6 +97,8 @@ def _own_error(error: KVKeepError) -> ApiError:
     match error:
         case ConfigError() | RequestError():
             return ApiError(400, str(error), param=_param_of(str(error)))
+        case PinCapacityError():
+            return ApiError(413, str(error), code="pin_cap")
         case CapacityError():
             return ApiError(400, str(error), code="capacity_exceeded")
         case EngineDownError() | TierError():
@@ -136,7 +139,7 @@ def add_error_routes(app: FastAPI) -> None:
     """Answer every error of every route in the shape of its protocol."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        found = api_error(error)
+        found = _of_request(request, error) or api_error(error)
         # What nobody foresaw is logged where it ends, in RequestIds.
         if found.status == 500 and isinstance(error, KVKeepError):
             _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
@@ -147,14 +150,21 @@ def add_error_routes(app: FastAPI) -> None:
     app.add_exception_handler(Exception, answer)
 
 
-def _validation_error(errors: Sequence[Any]) -> ApiError:
-    details = []
-    param = None
-    for one in errors[:_MAX_DETAILS]:
-        place = ".".join(str(part) for part in one["loc"] if part not in ("body", "query", "path"))
-        param = param or place or None
-        details.append(f"{place or 'body'}: {one['msg']}")
-    return ApiError(400, "; ".join(details) or "the request is malformed", param=param)
+def _of_request(request: Request, error: Exception) -> ApiError | None:
+    """The answer where it is about the request as such: its fields, its path, its method."""
+    if isinstance(error, RequestValidationError):
+        bad = bad_fields(error, request)
+        return ApiError(400, bad.message, param=bad.param)
+    if not isinstance(error, HTTPException) or error.detail != HTTPStatus(error.status_code).phrase:
+        return None
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return ApiError(404, no_route(request))
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        # What the framework says of a path is of the first of its routes alone.
+        methods = allowed_methods(request)
+        allow = ", ".join(methods) or (error.headers or {}).get("Allow", "")
+        return ApiError(405, wrong_method(request, allow), headers={"allow": allow})
+    return None
 
 
 def _param_of(message: str) -> str | None:

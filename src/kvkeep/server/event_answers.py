@@ -1,7 +1,7 @@
 """Answers of the protocols whose streams are typed events: one writer makes the stream and the whole."""
 
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,12 +13,14 @@ from starlette.responses import Response
 from kvkeep.cache import Receipt
 from kvkeep.engine import Piece
 from kvkeep.server.cache_report import cache_headers
+from kvkeep.server.call_syntax import CallSyntax
 from kvkeep.server.disconnect import unless_disconnected
 from kvkeep.server.errors import ApiError, api_error
+from kvkeep.server.job_events import JobEvents, StreamWriter
 from kvkeep.server.model_profile import ModelProfile
-from kvkeep.server.openai_output import Json, checked, pieces_of
+from kvkeep.server.openai_output import Json, batches_of
 from kvkeep.server.service import Job, JobStream, Service
-from kvkeep.server.sse import EventStream, event
+from kvkeep.server.sse import event
 from kvkeep.server.tool_calls import ToolCall, ToolCallParser
 
 __all__ = [
@@ -37,7 +39,7 @@ class EventAnswer(Protocol):
     keep_alive: bytes
 
     def start(self) -> list[Json]:
-        """What is said before the first piece."""
+        """What is said before the first piece, if anything."""
         ...
 
     def take(self, piece: Piece) -> list[Json]:
@@ -66,8 +68,8 @@ class Prepared:
 class Parts:
     """What an answer says, as text and calls of tools. `max_calls=0` takes everything for text."""
 
-    def __init__(self, *, max_calls: int | None) -> None:
-        self._parser = None if max_calls == 0 else ToolCallParser(max_calls=max_calls)
+    def __init__(self, syntax: CallSyntax, *, max_calls: int | None) -> None:
+        self._parser = None if max_calls == 0 else ToolCallParser(syntax, max_calls=max_calls)
 
     def take(self, text: str, *, is_last: bool) -> Sequence[str | ToolCall]:
         """The parts that are certain with this text."""
@@ -81,12 +83,19 @@ async def send_answer(
     request: Request, service: Service, prepared: Prepared, *, is_stream: bool
 ) -> Response:
     """Run the job and answer, at once or as a stream. Raises what the app turns into error responses."""
+    keep_alive_s = service.settings.keep_alive_s
     async with AsyncExitStack() as resources:
         stream = await resources.enter_async_context(service.generate(prepared.job))
         if is_stream:
-            events = _events(prepared.answer, stream, service.settings.keep_alive_s)
-            return EventStream(events, resources.pop_all(), prepared.headers)
-        receipt = await unless_disconnected(request, _last_receipt(prepared.answer, stream))
+            return JobEvents(
+                [stream],
+                _EventWriter(prepared.answer),
+                keep_alive_s=keep_alive_s,
+                resources=resources.pop_all(),
+                headers=prepared.headers,
+            )
+        whole = _last_receipt(prepared.answer, stream, keep_alive_s)
+        receipt = await unless_disconnected(request.receive, whole)
         headers = cache_headers([receipt], prepared.profile.block_size)
         return Response(
             msgspec.json.encode(prepared.answer.result()),
@@ -95,32 +104,40 @@ async def send_answer(
         )
 
 
-async def _last_receipt(answer: EventAnswer, stream: JobStream) -> Receipt:
+async def _last_receipt(answer: EventAnswer, stream: JobStream, keep_alive_s: float) -> Receipt:
     answer.start()
-    async for piece in stream:
-        answer.take(checked(piece))
-        if piece.receipt is not None:
-            return piece.receipt
+    async for pieces in batches_of(stream, keep_alive_s):
+        for piece in pieces:
+            answer.take(piece)
+            if piece.receipt is not None:
+                return piece.receipt
     raise AssertionError("a job ends with a receipt")
 
 
-async def _events(
-    answer: EventAnswer, stream: JobStream, keep_alive_s: float
-) -> AsyncGenerator[bytes, None]:
-    """The events of a stream; an error that comes late is the last one."""
-    yield _encoded(answer.start())
-    try:
-        async for piece in pieces_of(stream, keep_alive_s):
-            if piece is None:
-                yield answer.keep_alive
-            elif events := answer.take(piece):
-                # All events of a piece leave together: one write for the server, one read for the client.
-                yield _encoded(events)
-    except Exception as error:  # noqa: BLE001  the client is told, and the log
+class _EventWriter(StreamWriter):
+    """The events of an answer as bytes."""
+
+    def __init__(self, answer: EventAnswer) -> None:
+        self._answer = answer
+
+    @property
+    def keep_alive(self) -> bytes:
+        return self._answer.keep_alive
+
+    def start(self) -> bytes:
+        return _encoded(self._answer.start())
+
+    def take(self, piece: Piece, number: int) -> bytes:
+        return _encoded(self._answer.take(piece))
+
+    def finish(self) -> bytes:
+        return b""
+
+    def fail(self, error: Exception) -> bytes:
         found = api_error(error)
         if found.status == 500:
             _log.error("a stream failed", exc_info=error)
-        yield _encoded(answer.fail(found))
+        return _encoded(self._answer.fail(found))
 
 
 def _encoded(events: Sequence[Json]) -> bytes:

@@ -1,6 +1,7 @@
 """What happens to the cache, as server-sent events: requests as they end, purges, and counts by the second.
 
-Nobody waits for a subscriber: one that reads too slowly loses events, and is told how many.
+Nobody waits for a subscriber: one that reads too slowly loses events, and is told how many. A tenant hears
+of its own requests and purges; what is not of one tenant, only who may hear all.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from kvkeep.cache import CacheStats, PurgeReceipt
 from kvkeep.cache.explain import MissType
 from kvkeep.engine.async_engine import EngineDownError
 from kvkeep.llm import LLM
+from kvkeep.server.auth import TenantId
 from kvkeep.server.cache_work import purge_fields
 from kvkeep.server.errors import ApiError
 from kvkeep.server.service import Finished, Service, ServiceState
@@ -27,6 +29,8 @@ __all__ = ["EventFeed", "Look", "changes"]
 _MOST_WAITING = 1024
 _POLL_S = 1.0
 _MOST_SUBSCRIBERS = 64
+# So that one tenant cannot take all of them.
+_MOST_OF_A_TENANT = 8
 # Between two looks whether the server stops.
 _LOOK_S = 0.5
 _ENDED = (ServiceState.STOPPING, ServiceState.FAILED)
@@ -45,12 +49,15 @@ class EventFeed:
         """Streams that are open."""
         return len(self._inboxes)
 
-    def publish(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Tell all subscribers; does nothing without any."""
-        if self._inboxes:
+    def publish(
+        self, kind: str, fields: Mapping[str, Any], *, owner: TenantId | None = None
+    ) -> None:
+        """Tell those who hear all, and the tenant that it is about; does nothing without subscribers."""
+        inboxes = [one for one in self._inboxes if one.tenant in (None, owner)]
+        if inboxes:
             body = {"type": kind, "at": round(time(), 3), **fields}
             encoded = event(json.dumps(body).encode(), kind)
-            for inbox in self._inboxes:
+            for inbox in inboxes:
                 inbox.put(encoded)
 
     def observe(self, finished: Finished) -> None:
@@ -58,36 +65,43 @@ class EventFeed:
         receipt = finished.receipt
         if receipt is None or not self._inboxes:
             return
+        owner = finished.job.tenant.tenant_id
         fields = {
             "request_id": finished.job.request_id,
-            "tenant": finished.job.tenant.tenant_id,
+            "tenant": owner,
             "session": finished.job.options.session,
             "prompt_tokens": receipt.prompt_tokens,
             "reused_tokens": receipt.reused_tokens,
             "tokens_by_source": receipt.tokens_by_source,
         }
-        self.publish("hit" if receipt.reused_tokens else "miss", fields)
+        self.publish("hit" if receipt.reused_tokens else "miss", fields, owner=owner)
         if finished.job.options.write and receipt.computed_tokens:
-            self.publish("stored", {**fields, "computed_tokens": receipt.computed_tokens})
+            stored = {**fields, "computed_tokens": receipt.computed_tokens}
+            self.publish("stored", stored, owner=owner)
 
-    def purged(self, receipt: PurgeReceipt) -> None:
-        """Tell of a purge that was done."""
+    def purged(self, receipt: PurgeReceipt, owner: TenantId | None = None) -> None:
+        """Tell of a purge that was done, of all, or of what one tenant has."""
         if not receipt.dry_run:
-            self.publish("purged", purge_fields(receipt))
+            self.publish("purged", purge_fields(receipt), owner=owner)
 
-    def stream(self, *, keep_alive_s: float) -> AsyncGenerator[bytes, None]:
-        """All events from its start on, with comments while there are none.
+    def stream(
+        self, *, keep_alive_s: float, tenant: TenantId | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Events from its start on, all or those of a tenant, with comments while there are none.
 
         Raises ApiError 429 where there are too many streams.
         """
-        if len(self._inboxes) >= _MOST_SUBSCRIBERS:
-            raise ApiError(
-                429, f"{len(self._inboxes)} streams of events are open; close some first"
-            )
-        return self._stream(keep_alive_s)
+        own = sum(one.tenant == tenant for one in self._inboxes)
+        most = _MOST_SUBSCRIBERS if tenant is None else _MOST_OF_A_TENANT
+        if own >= most or len(self._inboxes) >= _MOST_SUBSCRIBERS:
+            num_open = own if own >= most else len(self._inboxes)
+            raise ApiError(429, f"{num_open} streams of events are open; close some first")
+        return self._stream(keep_alive_s, tenant)
 
-    async def _stream(self, keep_alive_s: float) -> AsyncGenerator[bytes, None]:
-        inbox = _Inbox()
+    async def _stream(
+        self, keep_alive_s: float, tenant: TenantId | None
+    ) -> AsyncGenerator[bytes, None]:
+        inbox = _Inbox(tenant)
         self._inboxes.add(inbox)
         if self._polling is None:
             self._polling = asyncio.create_task(self._poll())
@@ -173,9 +187,10 @@ def _stored(puts: Mapping[str, int]) -> int:
 
 
 class _Inbox:
-    """Events for one subscriber, the newest so many."""
+    """Events for one subscriber, the newest so many; those of a tenant, or None for all."""
 
-    def __init__(self) -> None:
+    def __init__(self, tenant: TenantId | None) -> None:
+        self.tenant = tenant
         self._queue: asyncio.Queue[bytes] = asyncio.Queue(_MOST_WAITING)
         self._num_lost = 0
 

@@ -1,4 +1,4 @@
-"""uvicorn around an app: connections without requests are closed, and the service hears of the stop."""
+"""uvicorn around an app: connections have bounds in bytes and time, and the service hears of the stop."""
 
 import asyncio
 import logging
@@ -10,9 +10,12 @@ from threading import current_thread, main_thread
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from kvkeep.server.app import create_app
+from kvkeep.server.job_events import BODY_WRITER, BodyWriter
+from kvkeep.server.listening import listening_sockets
 from kvkeep.server.service import Service
 
 __all__ = ["HttpServer"]
@@ -20,6 +23,14 @@ __all__ = ["HttpServer"]
 _log = logging.getLogger("kvkeep.server")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 2048
+# What requests of which time is up have to tell their clients, before their tasks are cancelled.
+_ENDING_S = 5
+# Of a request beside its body; a body in many small chunks has some more for each byte.
+_MAX_HEAD_BYTES = 2**16
+_BYTES_BESIDE_BYTE = 16
+_TOO_LONG_HEAD = b"HTTP/1.1 431 Too Long\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+# So many requests may wait behind another on a connection before no more is read, not even that it ends.
+_MAX_PIPELINED = 8
 
 
 class HttpServer(uvicorn.Server):
@@ -52,7 +63,7 @@ class HttpServer(uvicorn.Server):
                 proxy_headers=False,
                 backlog=_BACKLOG,
                 timeout_keep_alive=max(1, round(settings.idle_connection_s)),
-                timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+                timeout_graceful_shutdown=round(settings.drain_s) + _ENDING_S,
             )
         )
 
@@ -67,15 +78,30 @@ class HttpServer(uvicorn.Server):
         """Connections that are open."""
         return self._doorkeeper.num_open
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until the end. Raises ConfigError where nobody can listen at the host and port."""
+        settings = self.service.settings
+        super().run(sockets or listening_sockets(settings.host.strip("[]"), settings.port))
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            _log.info("kvkeep serves %s at %s", self.service.model_id, self.url)
+            _log.info("%s listens; %s is being loaded", self.url, self.service.model_id)
             self._watching = asyncio.create_task(self._stop_without_model())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        drain_s = self.service.settings.drain_s
         self.service.begin_stop()
+        _log.info("stopping: %d requests have up to %g s", self.service.num_open, drain_s)
+        ending = asyncio.create_task(self._end_jobs(drain_s))
         await super().shutdown(sockets)
+        ending.cancel()
+        _log.info("stopped")
+
+    async def _end_jobs(self, drain_s: float) -> None:
+        """Let clients hear that their time is up; uvicorn would cut them off."""
+        await asyncio.sleep(drain_s)
+        await self.service.end_jobs()
 
     async def _stop_without_model(self) -> None:
         """A server whose model cannot be loaded is of no use; `service.failure` says why."""
@@ -83,6 +109,8 @@ class HttpServer(uvicorn.Server):
             await self.service.loaded()
         except Exception:  # noqa: BLE001  the service has logged it
             self.should_exit = True
+        else:
+            _log.info("kvkeep serves %s at %s", self.service.model_id, self.url)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -134,6 +162,26 @@ class _Doorkeeper:
         self._idle.pop(connection, None)
 
 
+class _CycleWriter(BodyWriter):
+    """Writes without a task: uvicorn's `send` waits for nothing but for writing that is paused."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def can_write(self) -> bool:
+        return not self._cycle.flow.write_paused
+
+    def write(self, body: bytes) -> None:
+        assert self.can_write
+        sending = self._cycle.send({"type": "http.response.body", "body": body, "more_body": True})
+        try:
+            sending.send(None)
+        except StopIteration:
+            return
+        raise AssertionError("sending was to be done at once")
+
+
 class _Connection(HttpToolsProtocol):
     """Closed when no whole head of a request has come in time, or nothing of an answer is taken for long.
 
@@ -145,14 +193,43 @@ class _Connection(HttpToolsProtocol):
         self._doorkeeper = doorkeeper
         self._timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
+        self._running: RequestResponseCycle | None = None
+        # Of the request that is being received.
+        self._num_bytes = 0
+        self._num_body_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn
         super().connection_made(transport)
         self._doorkeeper.opened(self)
         self._start_timer()
 
+    def data_received(self, data: bytes) -> None:
+        self._num_bytes += len(data)
+        super().data_received(data)
+        most = _MAX_HEAD_BYTES + (1 + _BYTES_BESIDE_BYTE) * self._num_body_bytes
+        if self._num_bytes > most and not self.transport.is_closing():
+            if self._running is None or self._running.response_complete:
+                self.transport.write(_TOO_LONG_HEAD)
+            self.transport.close()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._num_bytes = self._num_body_bytes = 0
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        # uvicorn tells the newest request alone, which may wait behind the one that runs.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         self._stop_timer()
         self._stop_stall_timer()
         self._doorkeeper.closed(self)
@@ -161,6 +238,10 @@ class _Connection(HttpToolsProtocol):
         self._stop_timer()
         self._doorkeeper.is_busy(self)
         super().on_headers_complete()
+        if getattr(self.cycle, "scope", None) is self.scope:  # none was made for an upgrade
+            self.scope["state"][BODY_WRITER] = _CycleWriter(self.cycle)
+        if 0 < len(self.pipeline) <= _MAX_PIPELINED:
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

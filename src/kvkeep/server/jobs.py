@@ -1,7 +1,7 @@
 """One request on its way through the server: what is asked, its pieces, and how it ended."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter, time
 from types import TracebackType
@@ -41,9 +41,9 @@ class Job:
 class Finished:
     """A job that has ended, for observers: metrics, traces, logs.
 
-    `receipt` is None when the client left, or time was up, before the end. `finish_reasons` are those of
-    the outputs that ended. Times are as the server saw them: `waited_s` from arrival to the first piece,
-    `token_gaps_s` between two pieces of the same output, `total_s` from arrival to the end.
+    `receipt` is None when the client left before the end, or time was up (`is_late`). `finish_reasons` are
+    those of the outputs that ended. Times are as the server saw them: `waited_s` from arrival to the first
+    piece, `token_gaps_s` between two pieces of the same output, `total_s` from arrival to the end.
     """
 
     job: Job
@@ -53,6 +53,7 @@ class Finished:
     waited_s: float | None
     token_gaps_s: tuple[float, ...]
     total_s: float
+    is_late: bool = False
 
 
 class JobStream(AsyncIterator[Piece]):
@@ -63,10 +64,11 @@ class JobStream(AsyncIterator[Piece]):
     Iterating raises ApiError 504 when the time of the request is up, EngineDownError when the engine fails.
     Leaving aborts what still runs, without waiting. For one task at a time.
 
-    `ready` waits for a piece without taking it, to send something meanwhile:
+    `ready` waits for a piece without taking it, to send something meanwhile; `take` gives all that are there:
 
         while not await stream.ready(service.settings.keep_alive_s):
             yield ": keep-alive\n\n"
+        pieces = stream.take()
     """
 
     def __init__(
@@ -91,13 +93,14 @@ class JobStream(AsyncIterator[Piece]):
         self._choice_to_last_s: dict[int, float] = {}
         self._token_gaps_s: list[float] = []
         self._finish_reasons: list[FinishReason] = []
+        self._is_late = False
 
     async def __aenter__(self) -> Self:
-        self._seats.take(self.job.tenant)
+        self._seats.take(self.job.tenant, self.job.params.n)
         try:
             await self._submission.__aenter__()
         except BaseException:
-            self._seats.give_back(self.job.tenant)
+            self._seats.give_back(self.job.tenant, self.job.params.n)
             raise
         # One timer for the whole request; one for every token would cost more than the token.
         self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._time_is_up)
@@ -113,7 +116,7 @@ class JobStream(AsyncIterator[Piece]):
         assert self._timer is not None
         self._timer.cancel()
         self._submission.leave()
-        self._seats.give_back(self.job.tenant)
+        self._seats.give_back(self.job.tenant, self.job.params.n)
         self._finished(
             Finished(
                 job=self.job,
@@ -123,15 +126,38 @@ class JobStream(AsyncIterator[Piece]):
                 waited_s=self._waited_s,
                 token_gaps_s=tuple(self._token_gaps_s),
                 total_s=perf_counter() - self._started_s,
+                is_late=self._is_late,
             )
         )
 
-    async def ready(self, timeout_s: float) -> bool:
+    def ready(self, timeout_s: float) -> Awaitable[bool]:
         """Wait until a piece is there, or the end; False when neither came in time. Takes nothing."""
-        return await self._submission.ready(timeout_s)
+        return self._submission.ready(timeout_s)
+
+    def take(self) -> list[Piece]:
+        """The pieces that are there, without waiting; none at the end. Raises as iterating does."""
+        pieces = self._submission.take()
+        for piece in pieces:
+            self._note(piece)
+        return pieces
+
+    def divert(self, sink: Callable[[Piece], bool]) -> None:
+        """Give pieces to `sink` as they come; see Submission.divert."""
+
+        def noted(piece: Piece) -> bool:
+            is_taken = sink(piece)
+            if is_taken:
+                self._note(piece)
+            return is_taken
+
+        self._submission.divert(noted)
 
     async def __anext__(self) -> Piece:
         piece = await self._submission.__anext__()
+        self._note(piece)
+        return piece
+
+    def _note(self, piece: Piece) -> None:
         now_s = perf_counter()
         if self._waited_s is None:
             self._waited_s = now_s - self._started_s
@@ -144,14 +170,16 @@ class JobStream(AsyncIterator[Piece]):
             self._finish_reasons.append(piece.finish_reason)
         if piece.receipt is not None:
             self.receipt = piece.receipt
-        return piece
 
     def _time_is_up(self) -> None:
+        self._is_late = True
         self._submission.interrupt(
             ApiError(
                 504,
                 f"the request was not finished within request_timeout_s={self._timeout_s:g}; ask for "
                 "less, or try again later",
                 code="timeout",
+                # The same again would take as long.
+                headers={"x-should-retry": "false"},
             )
         )

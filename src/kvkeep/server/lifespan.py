@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -15,17 +16,25 @@ from kvkeep.server.service import Service
 from kvkeep.server.status_line import StatusLine
 from kvkeep.server.tracing import RequestTraces, open_provider
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
 __all__ = ["lifespan_of"]
 
 _log = logging.getLogger("kvkeep.server")
 
 
 def lifespan_of(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    """Start the service with the app and close it behind the last request."""
+    """Start the service with the app and close it behind the last request.
+
+    Raises ConfigError where traces are wanted and cannot be sent.
+    """
+    endpoint = service.settings.otlp_endpoint
+    provider = None if endpoint is None else open_provider(endpoint)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with _observed(service):
+        with _observed(service, provider):
             await service.start()
             reporting = asyncio.create_task(_report(service))
             try:
@@ -39,14 +48,13 @@ def lifespan_of(service: Service) -> Callable[[FastAPI], AbstractAsyncContextMan
 
 
 @contextmanager
-def _observed(service: Service) -> Iterator[None]:
+def _observed(service: Service, provider: "TracerProvider | None") -> Iterator[None]:
     """Log every job that ends, and trace it."""
     service.observers.append(log_job)
-    endpoint = service.settings.otlp_endpoint
-    if endpoint is None:
+    if provider is None:
         yield
         return
-    traces = RequestTraces(open_provider(endpoint), model_id=service.model_id, version=__version__)
+    traces = RequestTraces(provider, model_id=service.model_id, version=__version__)
     service.observers.append(traces)
     try:
         yield
@@ -55,12 +63,11 @@ def _observed(service: Service) -> Iterator[None]:
 
 
 async def _report(service: Service) -> None:
-    """Say when the model is there, and then a line about the state whenever there is something new."""
+    """Once the model is there, log a line about the state whenever there is something new."""
     try:
         await service.loaded()
     except Exception:  # noqa: BLE001  the service has logged it
         return
-    _log.info("%s is ready", service.model_id)
     if not service.settings.status_s:
         return
     status = StatusLine(service)

@@ -50,6 +50,7 @@ def _job_fields(finished: Finished) -> dict[str, object]:
         "cached_tokens": receipt.reused_tokens,
         "output_tokens": receipt.output_tokens,
     }  # fmt: skip
+    unfinished = "timeout" if finished.is_late else "left"
     first = {} if finished.waited_s is None else {"first_token_ms": _ms(finished.waited_s)}
     return {
         "request_id": job.request_id,
@@ -57,7 +58,7 @@ def _job_fields(finished: Finished) -> dict[str, object]:
         "tenant": job.tenant.tenant_id,
         "prompt_tokens": len(job.prompt_ids),
         **ended,
-        "finish": ",".join(dict.fromkeys(finished.finish_reasons)) or "left",
+        "finish": ",".join(dict.fromkeys(finished.finish_reasons)) or unfinished,
         **first,
         "total_ms": _ms(finished.total_s),
     }

@@ -10,12 +10,13 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import kvkeep
-from kvkeep.cache import CacheStats
+from kvkeep.cache import CacheStats, Receipt
 from kvkeep.cache.explain import MissType
 from kvkeep.engine import FinishReason
 from kvkeep.engine.async_engine import EngineDownError
 from kvkeep.llm import LLM
 from kvkeep.metrics import MEDIA_TYPE, Metrics, Snapshot, Times, reuse_class
+from kvkeep.server.auth import admin_of
 from kvkeep.server.errors import ApiError
 from kvkeep.server.service import Finished, Service, ServiceState, Serving
 
@@ -36,6 +37,9 @@ def routes() -> APIRouter:
     @router.get("/metrics", tags=["server"], response_class=Response)
     async def metrics(request: Request, service: Serving) -> Response:
         """Counters for Prometheus, as text; docs/metrics.md says what each means."""
+        # They tell what everybody does.
+        if not service.settings.open_metrics:
+            await admin_of(request)
         counted: Metrics = request.app.state.metrics
         text = counted.render(await snapshot_of(service))
         # Not as media_type, to which Starlette would add a second charset.
@@ -69,12 +73,22 @@ def count_jobs(service: Service, metrics: Metrics, finished: Finished) -> None:
         # The first piece of a request without output is its end.
         first_token_s=finished.waited_s if receipt.output_tokens else None,
         gaps_s=finished.token_gaps_s,
+        queue_s=_queue_s(receipt, finished.waited_s),
+        restore_s=receipt.restore_s or None,
+        saved_s=receipt.saved_s,
     )
     reason = reasons[0] if reasons else FinishReason.ABORT
     reuse = reuse_class(receipt, service.llm.settings.block_size)
     metrics.requests.observe(receipt, reason, times, reuse=reuse)
     if receipt.miss is not None:
         metrics.requests.observe_miss(str(receipt.miss.type))
+
+
+def _queue_s(receipt: Receipt, waited_s: float | None) -> float | None:
+    """From the arrival of a request to its first step. It came to the engine between two steps."""
+    if receipt.queue_s is None or receipt.first_token_s is None or waited_s is None:
+        return receipt.queue_s
+    return receipt.queue_s + max(0.0, waited_s - receipt.first_token_s)
 
 
 async def snapshot_of(service: Service) -> Snapshot:

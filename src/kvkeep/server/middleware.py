@@ -12,9 +12,10 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kvkeep.config.server import ServerSettings, is_loopback
 from kvkeep.server.auth import Gate
+from kvkeep.server.body_text import check_text
 from kvkeep.server.errors import ApiError, api_error, error_response
-from kvkeep.server.settings import ServerSettings, is_loopback
 
 __all__ = ["Gatekeeper", "RequestIds", "WholeBody"]
 
@@ -104,11 +105,17 @@ class Gatekeeper:
             )
         origin = headers.get("origin")
         allowed = self._settings.allowed_origins
-        if origin is None or "*" in allowed or origin in allowed:
+        if "*" in allowed or origin in allowed:
             return
-        if origin.partition("://")[2] != host:
+        if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(
                 403, f"origin {origin!r:.100} may not call this server; see --allowed-origin"
+            )
+        # An image of a page, or a link, has no Origin; browsers say in this way where it is from.
+        site = headers.get("sec-fetch-site", "none")
+        if site not in ("none", "same-origin"):
+            raise ApiError(
+                403, f"sec-fetch-site {site!r:.20}: pages of other origins may not call this server"
             )
 
 
@@ -126,7 +133,10 @@ class WholeBody:
             return
         try:
             async with asyncio.timeout(self._timeout_s):
-                body = await self._read(Headers(scope=scope), receive)
+                headers = Headers(scope=scope)
+                body = await self._read(headers, receive)
+            if body is not None and "json" in headers.get("content-type", "").lower():
+                check_text(body)
         except TimeoutError:
             error = ApiError(
                 408,

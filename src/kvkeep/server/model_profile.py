@@ -1,5 +1,6 @@
 """What the protocols need to know of the model that is served, found out once."""
 
+import asyncio
 from hashlib import sha256
 from typing import Annotated, Any, cast
 
@@ -7,6 +8,7 @@ from fastapi import Depends, Request
 
 from kvkeep.engine import Engine
 from kvkeep.llm import LLM
+from kvkeep.server.call_syntax import syntax_of
 from kvkeep.server.sampling_fields import SamplingDefaults
 from kvkeep.server.service import Service
 from kvkeep.server.structured import Grammars
@@ -18,8 +20,8 @@ __all__ = ["ModelProfile", "Profile", "longest_output", "profile_of"]
 class ModelProfile:
     """What is constant as long as a model is served; made beside the engine, of which only shapes are read.
 
-    `fingerprint` changes with the weights, as clients of the OpenAI protocol expect. `token_texts` and
-    `grammars` are None for a model without tokenizer.
+    `fingerprint` changes with the weights, as clients of the OpenAI protocol expect. `call_syntax` is how it
+    writes calls of tools. `token_texts` and `grammars` are None for a model without tokenizer.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -30,12 +32,16 @@ class ModelProfile:
         self.defaults = SamplingDefaults.of(llm.model.generation_config)
         digest = sha256(repr(installed.namespace).encode()).hexdigest()
         self.fingerprint = f"fp_{digest[:12]}"
+        self.call_syntax = syntax_of(getattr(llm.tokenizer, "chat_template", None))
         self.token_texts = None
         self.grammars = None
         if llm.tokenizer is not None:
             self.token_texts = TokenTexts(cast("Vocabulary", llm.tokenizer))
             self.grammars = Grammars(
-                llm.tokenizer, vocab_size=self.vocab_size, eos_ids=_end_ids(llm)
+                llm.tokenizer,
+                vocab_size=self.vocab_size,
+                eos_ids=_end_ids(llm),
+                syntax=self.call_syntax,
             )
 
 
@@ -74,7 +80,7 @@ async def profile_of(request: Request) -> ModelProfile:
     llm = service.llm
     found = getattr(state, "model_profile", None)
     if found is None:
-        found = await service.in_thread(lambda: ModelProfile(llm))
+        found = await asyncio.to_thread(ModelProfile, llm)
         state.model_profile = found
     assert isinstance(found, ModelProfile)
     return found

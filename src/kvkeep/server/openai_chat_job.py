@@ -33,7 +33,7 @@ from kvkeep.server.tool_calls import with_parsed_arguments
 
 __all__ = ["Chat", "prepared_chat", "template_messages"]
 
-_ROUTE = "chat"
+_ROUTE = "/v1/chat/completions"
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
@@ -77,20 +77,23 @@ async def prepared_chat(
     marked = [tool.model_extra or {} for tool in body.tools or ()]
     fields = read_cache_fields(body, request.headers, told, marked=marked)
     prompt = await service.encode_chat(
+        asker,
         messages,
         tools,
         template_options,
         add_generation_prompt=body.add_generation_prompt is not False,
     )
-    grammar = await compiled(_answer_form(body), profile, service)
+    grammar = await compiled(_answer_form(body), profile, service, asker)
     texts = _texts(body, profile)
+    syntax = profile.call_syntax if body.tools and body.tool_choice != "none" else None
     params = sampling_params(
         body,
         profile.defaults,
-        max_tokens=output_room(_asked(body), service, len(prompt.ids)),
+        max_tokens=output_room(_asked(body), service, len(prompt.ids), fields.warnings),
         vocab_size=profile.vocab_size,
         logprobs=None if texts is None else body.top_logprobs or 0,
         grammar=grammar,
+        calls=syntax,
     )
     job = prepared_job(
         request,
@@ -104,7 +107,7 @@ async def prepared_chat(
     style = AnswerStyle(
         texts=texts,
         has_token_ids=bool(body.return_token_ids),
-        has_calls=bool(body.tools) and body.tool_choice != "none",
+        syntax=syntax,
         max_calls=1 if body.parallel_tool_calls is False else None,
     )
     return Chat(body=body, job=job, model=model, profile=profile, fields=fields, style=style)

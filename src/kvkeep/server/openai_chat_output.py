@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvkeep.engine import FinishReason, Piece
+from kvkeep.server.call_syntax import CallSyntax
 from kvkeep.server.openai_output import Json, logprob_entry, reported
 from kvkeep.server.token_texts import TokenTexts
 from kvkeep.server.tool_calls import ToolCall, ToolCallParser
@@ -15,13 +16,13 @@ __all__ = ["AnswerStyle", "ChatOutput", "MessageFold"]
 class AnswerStyle:
     """What a client wants to see of an output.
 
-    `texts` are there where probabilities are asked for. `has_calls`: look for calls of tools, at most
+    `texts` are there where probabilities are asked for. With `syntax` calls of tools are looked for, at most
     `max_calls`.
     """
 
     texts: TokenTexts | None = None
     has_token_ids: bool = False
-    has_calls: bool = False
+    syntax: CallSyntax | None = None
     max_calls: int | None = None
 
 
@@ -31,7 +32,9 @@ class ChatOutput:
     def __init__(self, index: int, style: AnswerStyle) -> None:
         self._index = index
         self._style = style
-        self._parser = ToolCallParser(max_calls=style.max_calls) if style.has_calls else None
+        self._parser = None
+        if style.syntax is not None:
+            self._parser = ToolCallParser(style.syntax, max_calls=style.max_calls)
         self._num_calls = 0
         self._has_begun = False
 

@@ -1,7 +1,7 @@
 """POST /v1/completions: one or several prompts, as text or token ids; answers and streams."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,26 +12,28 @@ from starlette.responses import Response
 
 from kvkeep.cache import Receipt
 from kvkeep.config import SamplingParams
+from kvkeep.engine import Piece
 from kvkeep.errors import RequestError
 from kvkeep.server.auth import Tenant
 from kvkeep.server.cache_fields import CacheFields, read_cache_fields
 from kvkeep.server.cache_report import cache_headers, usage_fields, written_tokens
 from kvkeep.server.disconnect import unless_disconnected
+from kvkeep.server.job_events import JobEvents, StreamWriter
 from kvkeep.server.jobs import Job, JobStream
 from kvkeep.server.model_profile import ModelProfile
 from kvkeep.server.openai_completion_output import CompletionFold, CompletionOutput, TextStyle
-from kvkeep.server.openai_output import Head, Json, RunningCounts, json_event, late_error
-from kvkeep.server.openai_pieces import Arrival, arrivals_of
+from kvkeep.server.openai_output import ChunkWriter, Head, Json, late_error
+from kvkeep.server.openai_pieces import arrivals_of
 from kvkeep.server.openai_schemas import CompletionRequest
 from kvkeep.server.preparing import output_room, prepared_job, report_of
 from kvkeep.server.prompts import EncodedPrompt
 from kvkeep.server.sampling_fields import refuse_unsupported, sampling_params
 from kvkeep.server.service import Service
-from kvkeep.server.sse import DONE, KEEP_ALIVE, EventStream
+from kvkeep.server.sse import DONE, KEEP_ALIVE
 
 __all__ = ["answer_completion"]
 
-_ROUTE = "completion"
+_ROUTE = "/v1/completions"
 # What the protocol says a request without max_tokens wants.
 _DEFAULT_MAX_TOKENS = 16
 _MAX_OUTPUTS = 512
@@ -49,18 +51,19 @@ class _Completion:
     fields: CacheFields
 
     def usage(self, receipts: Sequence[Receipt]) -> Json:
-        """The counts of all prompts; with `explain` what the cache did for each of them."""
+        """The counts of all prompts; with `explain` or `pin` what the cache did for each of them."""
         size = self.profile.block_size
         written = [
             written_tokens(receipt, job.options, size)
             for receipt, job in zip(receipts, self.jobs, strict=True)
         ]
         found: Json = {"usage": usage_fields(receipts, sum(written))}
-        if self.fields.explain:
-            reports = [
-                report_of(receipt, job, self.fields, self.profile)["kv_cache"]
-                for receipt, job in zip(receipts, self.jobs, strict=True)
-            ]
+        reports = [
+            report
+            for receipt, job in zip(receipts, self.jobs, strict=True)
+            for report in report_of(receipt, job, self.fields, self.profile).values()
+        ]
+        if reports:
             found["kv_cache"] = reports[0] if len(reports) == 1 else reports
         return found
 
@@ -73,7 +76,8 @@ async def answer_completion(
     profile: ModelProfile,
 ) -> Response:
     """Complete prompts, at once or as a stream. Raises what the app turns into error responses."""
-    completion = await _prepared(request, body, asker, service, profile)
+    preparing = _prepared(request, body, asker, service, profile)
+    completion = await unless_disconnected(request.receive, preparing)
     keep_alive_s = service.settings.keep_alive_s
     async with AsyncExitStack() as resources:
         # All are queued before the first is waited for: the engine computes them together.
@@ -81,9 +85,14 @@ async def answer_completion(
             await resources.enter_async_context(service.generate(job)) for job in completion.jobs
         ]
         if body.stream:
-            events = _events(completion, streams, keep_alive_s, request.url.path)
-            return EventStream(events, resources.pop_all(), completion.fields.warnings.headers())
-        return await unless_disconnected(request, _whole(completion, streams, keep_alive_s))
+            return JobEvents(
+                streams,
+                _CompletionStream(completion, request.url.path),
+                keep_alive_s=keep_alive_s,
+                resources=resources.pop_all(),
+                headers=completion.fields.warnings.headers(),
+            )
+        return await unless_disconnected(request.receive, _whole(completion, streams, keep_alive_s))
 
 
 async def _prepared(
@@ -99,7 +108,7 @@ async def _prepared(
         raise RequestError("echo=true with logprobs is not supported; leave one of them out")
     if body.logprobs is not None and profile.token_texts is None:
         raise RequestError("logprobs needs a tokenizer, which this model has not; leave it out")
-    prompts = await _prompt_ids(body, service)
+    prompts = await _prompt_ids(body, service, asker)
     fields = read_cache_fields(body, request.headers)
     params = sampling_params(
         body,
@@ -114,7 +123,10 @@ async def _prepared(
             request,
             asker,
             EncodedPrompt(ids=tuple(ids)),
-            replace(params, max_tokens=output_room(params.max_tokens, service, len(ids))),
+            replace(
+                params,
+                max_tokens=output_room(params.max_tokens, service, len(ids), fields.warnings),
+            ),
             fields,
             route=_ROUTE,
         )
@@ -123,7 +135,7 @@ async def _prepared(
     return _Completion(
         body=body,
         jobs=tuple(jobs),
-        styles=tuple([await _style(body, ids, service, profile) for ids in prompts]),
+        styles=tuple([await _style(body, ids, service, asker, profile) for ids in prompts]),
         head=_head(model, profile),
         profile=profile,
         fields=fields,
@@ -152,10 +164,14 @@ def _refuse_misfits(params: SamplingParams, num_prompts: int, profile: ModelProf
         )
 
 
-async def _prompt_ids(body: CompletionRequest, service: Service) -> list[Sequence[int]]:
+async def _prompt_ids(
+    body: CompletionRequest, service: Service, asker: Tenant
+) -> list[Sequence[int]]:
     """The prompts as token ids, in order."""
     prompt = body.prompt
-    encode = partial(service.encode_text, add_special_tokens=body.add_special_tokens is not False)
+    encode = partial(
+        service.encode_text, asker, add_special_tokens=body.add_special_tokens is not False
+    )
     if isinstance(prompt, str):
         return [(await encode(prompt)).ids]
     ids = [one for one in prompt if isinstance(one, int)]
@@ -169,9 +185,13 @@ async def _prompt_ids(body: CompletionRequest, service: Service) -> list[Sequenc
 
 
 async def _style(
-    body: CompletionRequest, ids: Sequence[int], service: Service, profile: ModelProfile
+    body: CompletionRequest,
+    ids: Sequence[int],
+    service: Service,
+    asker: Tenant,
+    profile: ModelProfile,
 ) -> TextStyle:
-    echoed = await service.decode(ids, skip_special_tokens=True) if body.echo else ""
+    echoed = await service.decode(asker, ids, skip_special_tokens=True) if body.echo else ""
     return TextStyle(
         echoed=echoed,
         texts=None if body.logprobs is None else profile.token_texts,
@@ -184,9 +204,9 @@ async def _whole(
 ) -> Response:
     outputs = _Outputs(completion)
     folds: dict[int, CompletionFold] = {}
-    async for arrival in arrivals_of(streams, keep_alive_s):
-        if arrival is not None:
-            choice = outputs.take(arrival)
+    async for arrivals in arrivals_of(streams, keep_alive_s):
+        for arrival in arrivals:
+            choice = outputs.take(arrival.piece, arrival.number)
             folds.setdefault(choice["index"], CompletionFold(choice["index"])).add(choice)
     receipts = outputs.receipts()
     body = completion.head.fields()
@@ -199,36 +219,30 @@ async def _whole(
     )
 
 
-async def _events(
-    completion: _Completion, streams: Sequence[JobStream], keep_alive_s: float, path: str
-) -> AsyncGenerator[bytes, None]:
-    """The events of a stream; an error that comes late is the last one before the end."""
-    try:
-        async for chunk in _chunks(completion, streams, keep_alive_s):
-            yield chunk
-    except Exception as error:  # noqa: BLE001  the client is told, and the log
-        yield late_error(path, error)
-    yield DONE
+class _CompletionStream(StreamWriter):
+    """The outputs of all prompts as chunks."""
 
+    keep_alive = KEEP_ALIVE
 
-async def _chunks(
-    completion: _Completion, streams: Sequence[JobStream], keep_alive_s: float
-) -> AsyncGenerator[bytes, None]:
-    head = completion.head.fields()
-    outputs = _Outputs(completion)
-    num_prompt = sum(len(job.prompt_ids) for job in completion.jobs)
-    counts = RunningCounts(num_prompt, completion.body.stream_options)
-    async for arrival in arrivals_of(streams, keep_alive_s):
-        if arrival is None:
-            yield KEEP_ALIVE
-            continue
-        head |= counts.after(arrival.piece)
-        yield json_event(head | {"choices": [outputs.take(arrival)]})
-    if counts.wants_last or completion.fields.explain:
-        found = completion.usage(outputs.receipts())
-        if not counts.wants_last:
-            del found["usage"]
-        yield json_event(head | {"choices": []} | found)
+    def __init__(self, completion: _Completion, path: str) -> None:
+        self._completion = completion
+        self._path = path
+        self._outputs = _Outputs(completion)
+        num_prompt = sum(len(job.prompt_ids) for job in completion.jobs)
+        options = completion.body.stream_options
+        self._chunks = ChunkWriter(completion.head, num_prompt, options)
+
+    def start(self) -> bytes:
+        return b""
+
+    def take(self, piece: Piece, number: int) -> bytes:
+        return self._chunks.of_piece(piece, [self._outputs.take(piece, number)])
+
+    def finish(self) -> bytes:
+        return self._chunks.last(self._completion.usage(self._outputs.receipts())) + DONE
+
+    def fail(self, error: Exception) -> bytes:
+        return late_error(self._path, error) + DONE
 
 
 class _Outputs:
@@ -239,9 +253,8 @@ class _Outputs:
         self._outputs: dict[int, CompletionOutput] = {}
         self._receipts: dict[int, Receipt] = {}
 
-    def take(self, arrival: Arrival) -> Json:
-        """The choice that a piece adds."""
-        number, piece = arrival.number, arrival.piece
+    def take(self, piece: Piece, number: int) -> Json:
+        """The choice that a piece of the prompt with this number adds."""
         if piece.receipt is not None:
             self._receipts[number] = piece.receipt
         job = self._completion.jobs[number]

@@ -17,14 +17,13 @@ from kvkeep.server.sse import event
 from kvkeep.server.token_texts import TokenTexts
 
 __all__ = [
+    "ChunkWriter",
     "Head",
     "Json",
-    "RunningCounts",
-    "checked",
-    "json_event",
+    "batches_of",
+    "failure_of",
     "late_error",
     "logprob_entry",
-    "pieces_of",
     "reported",
 ]
 
@@ -69,61 +68,88 @@ class Head:
         }
 
 
-class RunningCounts:
-    """Usage while a stream runs: nothing, null until the end, or counts with every chunk, as asked for."""
+class ChunkWriter:
+    """Writes the chunks of one stream; what all of them have in common is encoded once.
 
-    def __init__(self, num_prompt: int, options: StreamOptions | None) -> None:
-        self.wants_last = options is not None and bool(options.include_usage)
-        self._wants_all = options is not None and bool(options.continuous_usage_stats)
+    As `options` say they have no field `usage`, or one that is null until the end, or the counts so far.
+    """
+
+    def __init__(self, head: Head, num_prompt: int, options: StreamOptions | None) -> None:
+        self._counts_all = options is not None and bool(options.continuous_usage_stats)
+        self._has_usage = self._counts_all or (options is not None and bool(options.include_usage))
         self._num_prompt = num_prompt
         self._num_output = 0
+        self._begin = b"data: " + msgspec.json.encode(head.fields())[:-1] + b',"choices":['
+        self._end = b'],"usage":null}\n\n' if self._has_usage else b"]}\n\n"
 
-    def after(self, piece: Piece) -> Json:
-        """The field `usage` of the chunks of this piece."""
+    def of_piece(self, piece: Piece, choices: Sequence[Json]) -> bytes:
+        """One chunk for each choice that a piece adds."""
         self._num_output += len(piece.token_ids)
-        if not self._wants_all:
-            return {"usage": None} if self.wants_last else {}
+        end = self._counted_end() if self._counts_all else self._end
+        return b"".join([self._begin + msgspec.json.encode(choice) + end for choice in choices])
+
+    def last(self, fields: Json) -> bytes:
+        """The chunk without choice behind all others; nothing when no field is left to say.
+
+        `usage` is left out where it is not asked for.
+        """
+        if not self._has_usage:
+            fields = {name: value for name, value in fields.items() if name != "usage"}
+        if not fields:
+            return b""
+        return self._begin + b"]," + msgspec.json.encode(fields)[1:] + b"\n\n"
+
+    def _counted_end(self) -> bytes:
         counts = {
             "prompt_tokens": self._num_prompt,
             "completion_tokens": self._num_output,
             "total_tokens": self._num_prompt + self._num_output,
         }
-        return {"usage": counts}
+        return b'],"usage":' + msgspec.json.encode(counts) + b"}\n\n"
 
 
-async def pieces_of(stream: JobStream, keep_alive_s: float) -> AsyncGenerator[Piece | None, None]:
-    """The pieces of a job that was entered; None for every `keep_alive_s` without one.
+async def batches_of(
+    stream: JobStream, keep_alive_s: float
+) -> AsyncGenerator[Sequence[Piece], None]:
+    """The pieces of a job that was entered, all that are there at once; none when none came in time.
 
-    Raises ApiError for outputs that did not end as they should.
+    Raises ApiError for an output that did not end as it should, behind the pieces before it.
     """
     while True:
-        while not await stream.ready(keep_alive_s):
-            yield None
-        try:
-            piece = await anext(stream)
-        except StopAsyncIteration:
+        is_ready = await stream.ready(keep_alive_s)
+        pieces = stream.take()
+        if is_ready and not pieces:
             return
-        yield checked(piece)
-        if piece.receipt is not None:
+        good = []
+        for piece in pieces:
+            failure = failure_of(piece)
+            if failure is None:
+                good.append(piece)
+                continue
+            if good:
+                yield good
+            raise failure
+        yield good
+        if good and good[-1].receipt is not None:
             return
 
 
-def checked(piece: Piece) -> Piece:
-    """The piece. Raises ApiError when the engine gave its output up."""
+def failure_of(piece: Piece) -> ApiError | None:
+    """The error for a piece with which the engine gave its output up."""
     if piece.finish_reason is FinishReason.ERROR:
-        raise ApiError(
+        return ApiError(
             500,
             "the model failed on this request, or the required form left no token to choose; try again, or "
             "without response_format",
             code="generation_failed",
         )
     if piece.finish_reason is FinishReason.ABORT:
-        raise ApiError(
+        return ApiError(
             503,
             "the server stopped before the answer was finished; send the request again",
             code="unavailable",
         )
-    return piece
+    return None
 
 
 def late_error(path: str, error: Exception) -> bytes:
@@ -131,12 +157,7 @@ def late_error(path: str, error: Exception) -> bytes:
     found = api_error(error)
     if found.status == 500:
         _log.error("a stream of %s failed", path, exc_info=error)
-    return json_event(error_body(path, found))
-
-
-def json_event(chunk: Json) -> bytes:
-    """One chunk of a stream."""
-    return event(msgspec.json.encode(chunk))
+    return event(msgspec.json.encode(error_body(path, found)))
 
 
 def reported(piece: Piece, texts: TokenTexts) -> Sequence[Sampled]:

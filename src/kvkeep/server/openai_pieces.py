@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvkeep.engine import Piece
 from kvkeep.server.jobs import JobStream
-from kvkeep.server.openai_output import checked, pieces_of
+from kvkeep.server.openai_output import batches_of
 
 __all__ = ["Arrival", "arrivals_of"]
 
@@ -21,34 +21,32 @@ class Arrival:
 
 async def arrivals_of(
     streams: Sequence[JobStream], keep_alive_s: float
-) -> AsyncGenerator[Arrival | None, None]:
-    """The pieces of jobs that were entered; None for every `keep_alive_s` in which one says nothing.
+) -> AsyncGenerator[Sequence[Arrival], None]:
+    """The pieces of jobs that were entered, those that are there at once; none when a job has none in time.
 
     Raises ApiError for outputs that did not end as they should.
     """
     if len(streams) == 1:
-        async for piece in pieces_of(streams[0], keep_alive_s):
-            yield None if piece is None else Arrival(0, piece)
+        async for pieces in batches_of(streams[0], keep_alive_s):
+            yield [Arrival(0, piece) for piece in pieces]
         return
-    waiting = {_ready(stream, keep_alive_s): number for number, stream in enumerate(streams)}
+    batches = [batches_of(stream, keep_alive_s) for stream in streams]
+    waiting = {asyncio.create_task(_next(one)): number for number, one in enumerate(batches)}
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 number = waiting.pop(task)
-                if not task.result():
-                    yield None
-                else:
-                    piece = checked(await anext(streams[number]))
-                    yield Arrival(number, piece)
-                    if piece.receipt is not None:
-                        continue
-                waiting[_ready(streams[number], keep_alive_s)] = number
+                found = task.result()
+                if found is not None:
+                    waiting[asyncio.create_task(_next(batches[number]))] = number
+                    yield [Arrival(number, piece) for piece in found]
     finally:
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
-def _ready(stream: JobStream, keep_alive_s: float) -> asyncio.Task[bool]:
-    return asyncio.create_task(stream.ready(keep_alive_s))
+async def _next(batches: AsyncGenerator[Sequence[Piece], None]) -> Sequence[Piece] | None:
+    """The next batch; None at the end."""
+    return await anext(batches, None)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvkeep.config.sampling import MAX_TOP_LOGPROBS
+from kvkeep.server.body_limits import Entries, FewEntries, TokenIds
 from kvkeep.server.cache_fields import CachedRequest
 from kvkeep.server.sampling_fields import SamplingRequest
 
@@ -23,9 +24,8 @@ __all__ = [
 MAX_PROMPTS = 256
 
 _OPEN = ConfigDict(extra="allow", strict=True)
-# One wrong entry is enough: a list of a million tokens is not to become a list of a million errors.
 _Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+_Ids = Annotated[TokenIds[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 _ManyIds = Annotated[list[_Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 
@@ -62,8 +62,8 @@ class ChatMessage(BaseModel):
     model_config = _OPEN
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    content: str | Entries[dict[str, Any]] | None = None
+    tool_calls: FewEntries[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -128,12 +128,12 @@ class ResponseFormat(BaseModel):
 class ChatRequest(_Answerable):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[Entries[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=0, description="comes before max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: FewEntries[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

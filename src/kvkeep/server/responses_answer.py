@@ -56,7 +56,7 @@ class ResponseAnswer(EventAnswer):
         self._profile = profile
         self._keep = keep
         self._writer = ResponseWriter(style.head, style.item_id)
-        self._parts = Parts(max_calls=style.max_calls)
+        self._parts = Parts(profile.call_syntax, max_calls=style.max_calls)
 
     def start(self) -> list[Json]:
         return self._writer.start()

@@ -14,9 +14,10 @@ from starlette.responses import JSONResponse, Response
 from kvkeep.config import CacheOptions, SamplingParams
 from kvkeep.errors import RequestError
 from kvkeep.server.auth import Asker, Tenant
-from kvkeep.server.cache_fields import read_cache_fields, without_cache_fields
+from kvkeep.server.cache_fields import Warnings, read_cache_fields, without_cache_fields
 from kvkeep.server.cache_orders import close_session
 from kvkeep.server.cache_prompts import outline_of
+from kvkeep.server.disconnect import unless_disconnected
 from kvkeep.server.errors import ApiError
 from kvkeep.server.event_answers import Prepared, send_answer
 from kvkeep.server.model_profile import ModelProfile, profile_of
@@ -39,7 +40,6 @@ from kvkeep.server.service import Job, Service, Serving
 
 __all__ = ["routes"]
 
-_ROUTE = "responses"
 _PATH = "/v1/responses"
 _ONE = _PATH + "/{response_id}"
 
@@ -54,7 +54,8 @@ def routes() -> APIRouter:
         request: Request, body: ResponsesRequest, service: Serving, asker: Asker
     ) -> Response:
         """Answer a prompt, or go on from an earlier response; at once or as a stream."""
-        prepared = await _prepared(request, body, asker, service, history)
+        preparing = _prepared(request, body, asker, service, history)
+        prepared = await unless_disconnected(request.receive, preparing)
         response = await send_answer(request, service, prepared, is_stream=bool(body.stream))
         response.background = BackgroundTask(_close_ended, service, history)
         return response
@@ -113,11 +114,11 @@ async def _prepared(
     fields = read_cache_fields(body, request.headers, messages)
     check_fields(body, fields.warnings)
     tools = template_tools(chat_tools(body.tools), service, may_call=max_calls(body) != 0)
-    prompt = await service.encode_chat(without_cache_fields(messages), tools)
-    params = await _params(body, profile, service, prompt)
+    prompt = await service.encode_chat(asker, without_cache_fields(messages), tools)
+    params = await _params(body, profile, service, asker, prompt, fields.warnings)
     is_kept = body.store is not False
     outline = outline_of(prompt, messages, tools, None)
-    job = prepared_job(request, asker, prompt, params, fields, route=_ROUTE, outline=outline)
+    job = prepared_job(request, asker, prompt, params, fields, route=_PATH, outline=outline)
     job = replace(job, options=thread.options(job.options, is_kept=is_kept))
     style = ResponseStyle(
         head=_head(body, thread, model, params),
@@ -158,16 +159,22 @@ def _with_instructions(
 
 
 async def _params(
-    body: ResponsesRequest, profile: ModelProfile, service: Service, prompt: EncodedPrompt
+    body: ResponsesRequest,
+    profile: ModelProfile,
+    service: Service,
+    asker: Tenant,
+    prompt: EncodedPrompt,
+    warnings: Warnings,
 ) -> SamplingParams:
     wants_logprobs = LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
     return sampling_params(
         body,
         profile.defaults,
-        max_tokens=output_room(body.max_output_tokens, service, len(prompt.ids)),
+        max_tokens=output_room(body.max_output_tokens, service, len(prompt.ids), warnings),
         vocab_size=profile.vocab_size,
         logprobs=body.top_logprobs or 0 if wants_logprobs else None,
-        grammar=await compiled(answer_form(body), profile, service),
+        grammar=await compiled(answer_form(body), profile, service, asker),
+        calls=profile.call_syntax if max_calls(body) != 0 else None,
     )
 
 

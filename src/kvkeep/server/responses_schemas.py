@@ -1,9 +1,10 @@
 """What /v1/responses takes."""
 
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
+from kvkeep.server.body_limits import Entries, FewEntries, FewFields
 from kvkeep.server.cache_fields import CachedRequest
 from kvkeep.server.sampling_fields import SamplingRequest
 
@@ -11,8 +12,6 @@ __all__ = ["InputItem", "ResponsesRequest"]
 
 # any: the type of an item decides what else it holds
 InputItem = dict[str, Any]
-# One wrong entry is enough: a list of a million is not to become a list of a million errors.
-_Items = Annotated[list[InputItem], Field(fail_fast=True)]
 
 
 class ResponsesRequest(CachedRequest, SamplingRequest):
@@ -22,7 +21,7 @@ class ResponsesRequest(CachedRequest, SamplingRequest):
     """
 
     model: str | None = None
-    input: str | _Items = ""
+    input: str | Entries[InputItem] = ""
     instructions: str | None = None
     previous_response_id: str | None = Field(
         None, description="continue this response, in its session"
@@ -34,9 +33,9 @@ class ResponsesRequest(CachedRequest, SamplingRequest):
     stream_options: dict[str, Any] | None = None
     max_output_tokens: int | None = Field(None, ge=0, description="0 only fills the cache")
     top_logprobs: int | None = None
-    include: list[str] | None = None
+    include: FewEntries[str] | None = None
     text: dict[str, Any] | None = None
-    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tools: FewEntries[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     truncation: str | None = None
@@ -44,7 +43,7 @@ class ResponsesRequest(CachedRequest, SamplingRequest):
     background: bool | None = None
     conversation: str | dict[str, Any] | None = None
     prompt: dict[str, Any] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: FewFields[str] | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     user: str | None = None

@@ -11,6 +11,8 @@ from kvkeep.config import SamplingParams
 from kvkeep.config.grammar import Grammar
 from kvkeep.errors import RequestError
 from kvkeep.server.block_fields import shown
+from kvkeep.server.body_limits import FewEntries, FewFields
+from kvkeep.server.call_syntax import CallSyntax
 
 __all__ = [
     "MAX_CHOICES",
@@ -25,7 +27,6 @@ _T = TypeVar("_T")
 # As many outputs and stop texts as one request may ask for: each costs work in every step.
 MAX_CHOICES = 128
 _MAX_STOPS = 64
-_MAX_BIASES = 4096
 _MAX_BIAS = 100.0
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
 
@@ -42,11 +43,9 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "skip_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": ("",),
     "truncate_prompt_tokens": (),
@@ -66,13 +65,15 @@ class SamplingRequest(BaseModel):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, description="token id to -100 to 100")
+    logit_bias: FewFields[float] | None = Field(None, description="token id to -100 to 100")
     seed: int | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | FewEntries[str] | None = None
+    stop_token_ids: FewEntries[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    skip_special_tokens: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,8 +107,12 @@ def sampling_params(
     vocab_size: int,
     logprobs: int | None = None,
     grammar: Grammar | None = None,
+    calls: CallSyntax | None = None,
 ) -> SamplingParams:
-    """What `request` asks for. Raises ConfigError or RequestError naming the field."""
+    """What `request` asks for, with `calls` so that calls of tools are seen in the text.
+
+    Raises ConfigError or RequestError naming the field.
+    """
     stop = request.stop if request.stop is not None else ()
     if not isinstance(stop, str) and len(stop) > _MAX_STOPS:
         raise RequestError(f"stop has {len(stop)} texts; give at most {_MAX_STOPS}")
@@ -127,6 +132,9 @@ def sampling_params(
         stop_token_ids=request.stop_token_ids or (),
         include_stop=bool(request.include_stop_str_in_output),
         ignore_eos=bool(request.ignore_eos),
+        min_tokens=request.min_tokens or 0,
+        skip_special_tokens=request.skip_special_tokens is not False
+        and not (calls is not None and calls.shows_special),
         logprobs=logprobs,
         grammar=grammar,
     )
@@ -146,8 +154,6 @@ def _first(value: _T | None, default: _T) -> _T:
 
 def _biases(written: Mapping[str, float], vocab_size: int) -> dict[int, float]:
     """Biases by token id; JSON writes the ids as text."""
-    if len(written) > _MAX_BIASES:
-        raise RequestError(f"logit_bias has {len(written)} entries; give at most {_MAX_BIASES}")
     biases = {}
     for token, bias in written.items():
         if not _TOKEN_ID.fullmatch(token) or int(token) >= vocab_size:

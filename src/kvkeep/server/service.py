@@ -4,21 +4,22 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
+from kvkeep.config.server import ServerSettings
 from kvkeep.engine.async_engine import AsyncEngine
 from kvkeep.errors import KVKeepError
 from kvkeep.llm import LLM
+from kvkeep.server.auth import Tenant
 from kvkeep.server.errors import ApiError
+from kvkeep.server.fair_threads import FairThreads
 from kvkeep.server.jobs import Finished, Job, JobStream
 from kvkeep.server.limits import Seats
 from kvkeep.server.prompts import EncodedPrompt, PromptEncoder
-from kvkeep.server.settings import ServerSettings
 
 __all__ = ["Finished", "Job", "JobStream", "Service", "ServiceState", "Serving", "request_id_of"]
 
@@ -58,7 +59,7 @@ class Service:
     `llm` may be a function that loads it: then `start` returns at once, and until the model is there every
     use raises ApiError 503. `observers` are called on the loop when a job has ended; they must be quick.
 
-        encoded = await service.encode_chat(messages)
+        encoded = await service.encode_chat(asker, messages)
         job = Job(prompt_ids=encoded.ids, ...)
         async with service.generate(job) as stream:
             async for piece in stream: ...
@@ -76,7 +77,10 @@ class Service:
         self._loading: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._failure: Exception | None = None
-        self._threads = ThreadPoolExecutor(settings.tokenizer_threads, "kvkeep-prompts")
+        most = settings.max_queued
+        self._threads = FairThreads(settings.tokenizer_threads, "kvkeep-prompts", max_waiting=most)
+        # One takes seconds; with more of them the model itself would have no core.
+        self._compilers = FairThreads(1, "kvkeep-grammars", max_waiting=most)
 
     @property
     def state(self) -> ServiceState:
@@ -114,6 +118,16 @@ class Service:
         """The longest prompt that is taken, in tokens. Raises ApiError 503 while the model is loading."""
         return self._ready().max_prompt_tokens
 
+    @property
+    def num_open(self) -> int:
+        """Requests that wait or run."""
+        return 0 if self._loaded is None else self._loaded.engine.num_open
+
+    @property
+    def num_preparing(self) -> int:
+        """Prompts that wait for a thread that encodes them."""
+        return self._threads.num_waiting
+
     async def start(self) -> None:
         """Start the engine's thread; where a function loads the model, that goes on beside serving."""
         if isinstance(self._source, LLM):
@@ -136,6 +150,11 @@ class Service:
         """Wait until the server begins to stop: what streams without end (events) ends then."""
         await self._stopping.wait()
 
+    async def end_jobs(self) -> None:
+        """End all requests; their last pieces say so. Nothing is taken any more."""
+        if self._loaded is not None:
+            await self._loaded.engine.close()
+
     async def close(self) -> None:
         """Stop: running requests have `settings.drain_s`, then the model and its tiers are closed."""
         self.begin_stop()
@@ -145,7 +164,8 @@ class Service:
         if self._loaded is not None:
             await self._loaded.engine.close(drain_s=self.settings.drain_s)
             await asyncio.to_thread(self._loaded.llm.close)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
+        self._compilers.close()
 
     def generate(self, job: Job) -> JobStream:
         """The stream of a job, which is queued when the stream is entered; see JobStream.
@@ -180,17 +200,28 @@ class Service:
         loaded = self._ready()
         return await loaded.engine.call(lambda _: work(loaded.llm))
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Run what takes long but does not touch the engine (rendering, tokenizing) beside the loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def in_thread(self, asker: Tenant, work: Callable[[], T]) -> T:
+        """Run what takes long but does not touch the engine (rendering, tokenizing) beside the loop.
 
-    async def encode_text(self, text: str, *, add_special_tokens: bool = True) -> EncodedPrompt:
+        Tenants take turns. Raises ApiError 429 when too much is waiting.
+        """
+        return await self._threads.run(asker, work)
+
+    async def in_compiler(self, asker: Tenant, work: Callable[[], T]) -> T:
+        """The same for what may take seconds (grammars): nobody's prompt waits for it."""
+        return await self._compilers.run(asker, work)
+
+    async def encode_text(
+        self, asker: Tenant, text: str, *, add_special_tokens: bool = True
+    ) -> EncodedPrompt:
         """PromptEncoder.encode_text, beside the loop."""
         encode = self.prompts.encode_text
-        return await self.in_thread(partial(encode, text, add_special_tokens=add_special_tokens))
+        work = partial(encode, text, add_special_tokens=add_special_tokens)
+        return await self.in_thread(asker, work)
 
     async def encode_chat(
         self,
+        asker: Tenant,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
@@ -205,13 +236,15 @@ class Service:
             template_options,
             add_generation_prompt=add_generation_prompt,
         )
-        return await self.in_thread(encode)
+        return await self.in_thread(asker, encode)
 
-    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    async def decode(
+        self, asker: Tenant, token_ids: Sequence[int], *, skip_special_tokens: bool = False
+    ) -> str:
         """PromptEncoder.decode, beside the loop."""
         decode = self.prompts.decode
         return await self.in_thread(
-            partial(decode, token_ids, skip_special_tokens=skip_special_tokens)
+            asker, partial(decode, token_ids, skip_special_tokens=skip_special_tokens)
         )
 
     def check_model(self, name: str | None) -> str:
@@ -234,9 +267,9 @@ class Service:
             await self._begin(await asyncio.to_thread(load))
         except Exception as error:  # noqa: BLE001  whoever waits in `loaded` gets it
             self._failure = error
-            # What is ours says all there is to say.
-            trace = None if isinstance(error, KVKeepError) else error
-            _log.error("%s cannot be loaded: %s", self.model_id, error, exc_info=trace)
+            # What is ours says all there is to say, and who starts a server says it: see `failure`.
+            if not isinstance(error, KVKeepError):
+                _log.error("%s cannot be loaded", self.model_id, exc_info=error)
 
     async def _begin(self, llm: LLM) -> None:
         loaded = _Loaded(llm, self.settings)
@@ -267,7 +300,7 @@ def request_id_of(request: Request) -> str:
     return str(request.state.request_id)
 
 
-def _serving(request: Request) -> Service:
+async def _serving(request: Request) -> Service:
     service = request.app.state.service
     assert isinstance(service, Service)
     return service

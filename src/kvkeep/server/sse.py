@@ -1,10 +1,12 @@
 """Server-sent events: how one is written, and a response that ends its source on every path."""
 
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+from kvkeep.server.disconnect import ClientLeftError, unless_disconnected
 
 __all__ = ["DONE", "KEEP_ALIVE", "EventStream", "event"]
 
@@ -45,10 +47,20 @@ class EventStream(StreamingResponse):
         self._resources = resources or AsyncExitStack()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"status": self.status_code, "headers": self.raw_headers}
         try:
-            await super().__call__(scope, receive, send)
+            await send({"type": "http.response.start", **start})
+            with suppress(ClientLeftError):
+                await unless_disconnected(receive, self._send_events(send))
+            if self.background is not None:
+                await self.background()
         finally:
             try:
                 await self._source.aclose()
             finally:
                 await self._resources.aclose()
+
+    async def _send_events(self, send: Send) -> None:
+        async for events in self._source:
+            await send({"type": "http.response.body", "body": events, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvkeep.config.grammar import Grammar, TokenMatcher
 from kvkeep.errors import ConfigError, RequestError
+from kvkeep.server.call_syntax import CallSyntax, HermesSyntax
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["AnswerForm", "Grammars"]
 
 _MAX_KEPT = 64
+# Compiling takes time that grows with the square of the schemas: about a second for so much.
+_MAX_CHARACTERS = 2**17
 _MAX_REASON = 300
 # Where in the grammar that is made here; a client has never seen it.
 _PLACE = re.compile(r"^at \d+\(\d+\): ")
@@ -49,63 +52,107 @@ class Grammars:
     """Compiles grammars for one tokenizer and keeps the last ones. Thread-safe; nothing is loaded before use.
 
     `tokenizer` is one of transformers; `vocab_size` the number of logits; `eos_ids` the tokens that end an
-    output.
+    output; `syntax` is how the model writes calls.
     """
 
-    def __init__(self, tokenizer: object, *, vocab_size: int, eos_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: object,
+        *,
+        vocab_size: int,
+        eos_ids: Collection[int],
+        syntax: CallSyntax | None = None,
+    ) -> None:
         self._tokenizer: Any = tokenizer  # any: transformers leaves parts of it without types
+        self._syntax = syntax or HermesSyntax()
         self._vocab_size = vocab_size
         self._eos_ids = sorted(eos_ids)
         self._lock = Lock()
         self._vocabulary: LLTokenizer | None = None
         self._source_to_grammar: OrderedDict[str, Grammar] = OrderedDict()
 
-    def compile(self, form: "AnswerForm") -> Grammar:
+    def compile(self, form: AnswerForm) -> Grammar:
         """The grammar of outputs of this form. Raises RequestError for one that cannot be followed."""
+        source = self._source(form)
+        found = self._find(source)
+        if found is not None:
+            return found
+        # Without the lock: this may take a second, and others look for what there is.
+        grammar = self._compiled(source, form.field)
+        with self._lock:
+            self._source_to_grammar[source] = grammar
+            if len(self._source_to_grammar) > _MAX_KEPT:
+                self._source_to_grammar.popitem(last=False)
+        return grammar
+
+    def kept(self, form: AnswerForm) -> Grammar | None:
+        """The grammar if it has been compiled before; quick. Raises RequestError for too big a form."""
+        return self._find(self._source(form))
+
+    def _find(self, source: str) -> Grammar | None:
+        with self._lock:
+            if source not in self._source_to_grammar:
+                return None
+            self._source_to_grammar.move_to_end(source)
+            return self._source_to_grammar[source]
+
+    def _source(self, form: AnswerForm) -> str:
         starts, rules = [], []
         if form.schema is not None:
             starts.append("json")
             rules.append(_rule("json", form.schema))
         if form.calls:
-            starts.append("call" if form.is_one_call else 'call ("\\n" call)*')
-            rules += self._call_rules(form.calls)
+            starts.append("calls")
+            rules += self._call_rules(form.calls, is_one=form.is_one_call)
         source = "\n".join(["start: " + " | ".join(starts), *rules])
-        with self._lock:
-            found = self._source_to_grammar.get(source)
-            if found is None:
-                found = self._source_to_grammar[source] = self._compiled(source, form.field)
-                if len(self._source_to_grammar) > _MAX_KEPT:
-                    self._source_to_grammar.popitem(last=False)
-            self._source_to_grammar.move_to_end(source)
-            return found
+        if len(source) > _MAX_CHARACTERS:
+            raise RequestError(
+                f"{form.field} has schemas of {len(source)} characters; give at most {_MAX_CHARACTERS}"
+            )
+        return source
 
-    def _call_rules(self, name_to_schema: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        with self._lock:
-            begin, end = (self._mark(mark) for mark in ("<tool_call>", "</tool_call>"))
+    def _call_rules(
+        self, name_to_schema: Mapping[str, Mapping[str, Any]], *, is_one: bool
+    ) -> list[str]:
+        first, last = map(self._written, self._syntax.around)
+        between = self._syntax.between
+        more = "" if is_one or between is None else f"({self._written(between)} call)*"
         numbers = range(len(name_to_schema))
-        rules = ["call: " + " | ".join(f"call_{number}" for number in numbers)]
+        rules = [
+            f"calls: {first} call {more} {last}",
+            "call: " + " | ".join(f"call_{number}" for number in numbers),
+        ]
         for number, (name, schema) in enumerate(name_to_schema.items()):
             # The parameters are a document of their own, in which references are found.
-            opening = json.dumps(f'\n{{"name": {json.dumps(name)}, "arguments": ')
-            rules.append(f'call_{number}: {begin} {opening} json_{number} "}}\\n" {end}')
+            opening, closing = map(self._written, self._syntax.around_arguments(name))
+            rules.append(f"call_{number}: {opening} json_{number} {closing}")
             rules.append(_rule(f"json_{number}", schema))
         return rules
 
     def _compiled(self, source: str, field: str) -> Grammar:
-        vocabulary = self._loaded()
+        with self._lock:
+            vocabulary = self._loaded()
         from llguidance import LLMatcher  # absent where the extra is
 
         matcher = LLMatcher(vocabulary, source, log_level=0)
         if matcher.is_error():
             raise RequestError(f"{field} cannot be followed: {_reason(matcher.get_error())}")
+        # A schema that only refers to itself is well formed, and nothing can begin as it says.
+        if not any(_Matcher(matcher.deep_copy(), 0).allowed()):
+            raise RequestError(f"{field} cannot be followed: no text is of this form")
         return _Compiled(matcher)
+
+    def _written(self, texts: Sequence[str]) -> str:
+        with self._lock:
+            return " ".join(map(self._mark, texts))
 
     def _mark(self, text: str) -> str:
         """`text` in a grammar: a token of its own where the vocabulary has one that is no ordinary text."""
         vocabulary = self._loaded()
         token_id = self._tokenizer.convert_tokens_to_ids(text)
         is_token = isinstance(token_id, int) and token_id != self._tokenizer.unk_token_id
-        return text if is_token and vocabulary.is_special_token(token_id) else json.dumps(text)
+        is_special = is_token and vocabulary.is_special_token(token_id)
+        return f"<[{token_id}]>" if is_special else json.dumps(text)
 
     def _loaded(self) -> "LLTokenizer":
         if self._vocabulary is None:

@@ -97,6 +97,7 @@ class FaultyTier(TierWrapper):
         self._gate = Condition()
         self._is_held = True
         self._num_hanging = 0
+        self._num_unreached = 0
 
     @property
     def num_happened(self) -> dict[str, int]:
@@ -184,8 +185,14 @@ class FaultyTier(TierWrapper):
         fault = next(filter(None, (self._draw("delete", key, call) for key in keys)), None)
         self._wait(fault)
         if fault is not None and fault.kind == FaultKind.FAIL:
+            with self._lock:
+                self._num_unreached += 1
             return 0
         return self.inner.delete(keys)
+
+    @property
+    def num_unreached(self) -> int:
+        return self.inner.num_unreached + self._num_unreached
 
     def relabel(self, key: StoredKey, labels: bytes) -> bool:
         fault = self._draw("relabel", key, self._begin("relabel"))

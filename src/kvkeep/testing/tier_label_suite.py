@@ -123,19 +123,39 @@ class TierLabelSuite(TierObjectSuite):
             assert self.got_labels(tier, key, 5000) == b"new"
 
     def test_many_labels_are_replaced_at_once(self, tier: Tier) -> None:
-        """What is there gets its own, what is not is told, in the order of the question."""
+        """By those that they have; what is not there is told, in the order of the question."""
         self.needs_labels(tier, and_relabels=True)
         keys = [key_of(number) for number in range(30)]
         for key in keys[::2]:
             store_object(tier, key, 700, b"old")
 
-        done = tier.relabel_many({key: b"new" + key[:3] for key in keys})
+        def change(key: StoredKey, old: bytes) -> bytes | None:
+            return None if key == keys[2] else old + b" new" + key[:3]
 
-        assert done == [True, False] * 15
+        assert tier.revise_labels(keys, change) == [True, False] * 15
         for key in keys[::2]:
-            assert self.got_labels(tier, key, 700) == b"new" + key[:3]
+            expected = b"old" if key == keys[2] else b"old new" + key[:3]
+            assert self.got_labels(tier, key, 700) == expected
         assert tier.find(keys[1::2]) == [Presence.ABSENT] * 15
-        assert tier.relabel_many({}) == []
+        assert tier.revise_labels([], change) == []
+
+    def test_what_others_write_meanwhile_is_not_lost(self, tier: Tier) -> None:
+        """Where several machines write labels, both find their own there."""
+        self.needs_labels(tier, and_relabels=True)
+        if not tier.capabilities.is_shared:
+            pytest.skip("nobody else writes")
+        key, seen = key_of(1), list[bytes]()
+        store_object(tier, key, 700, b"old")
+
+        def change(_key: StoredKey, old: bytes) -> bytes:
+            seen.append(old)
+            if len(seen) == 1:
+                assert tier.relabel(key, b"and")
+            return old + b" ours"
+
+        assert tier.revise_labels([key], change) == [True]
+        assert self.got_labels(tier, key, 700) == b"and ours"
+        assert seen == [b"old", b"and"]
 
     def test_all_objects_are_listed_with_their_labels(self, tier: Tier) -> None:
         """Each once, with its length and its labels; what is deleted or being written is not among them."""
@@ -221,6 +241,30 @@ class TierLabelSuite(TierObjectSuite):
             if tier.stats().num_evictions >= goal:
                 return
             assert number < 1000 + _MOST_PUTS
+
+    def test_what_ranks_low_goes_first(self, tier: Tier) -> None:
+        """By the labels that an object has now, whether it came before or after it was said how they rank."""
+        self.capacity_of(tier)
+        self.needs_labels(tier)
+        self.needs_order()
+        low, high, late, fallen = keys = [key_of(number) for number in range(4)]
+        for key, labels in zip(keys, (b"1", b"9", b"", b"9"), strict=True):
+            if key == late:
+                tier.rank_by(lambda _key, labels: int(labels or b"5"))
+            store_object(tier, key, 100_000, labels)
+        tier.relabel(fallen, b"1")
+        tier.touch([low, fallen])
+
+        for number in count(1000):
+            store_object(tier, key_of(number), 100_000)
+            if tier.stats().num_evictions >= 2:
+                break
+            assert number < 1000 + _MOST_PUTS
+        assert tier.find([low, fallen]) == [Presence.ABSENT] * 2
+        assert tier.find([high, late]) == [Presence.PRESENT] * 2
+        self.fill(tier)
+        assert tier.find([late]) == [Presence.ABSENT]
+        assert tier.find([high]) == [Presence.PRESENT]
 
     def test_what_is_not_there_cannot_be_held(self, tier: Tier) -> None:
         """Nor what a tier holds that holds nothing; to let it go is no error."""

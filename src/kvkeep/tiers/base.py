@@ -6,7 +6,7 @@ check guards every medium. Any thread may call any method.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
@@ -17,12 +17,14 @@ from kvkeep.spec import StoredKey
 __all__ = [
     "Capabilities",
     "Got",
+    "LabelChange",
     "Labelled",
     "Miss",
     "MissCause",
     "Occasion",
     "Presence",
     "PutOutcome",
+    "RankOf",
     "Spill",
     "StoredObject",
     "Tier",
@@ -31,6 +33,10 @@ __all__ = [
 
 # What a tier calls with the bytes and the labels of an object that it evicts.
 Spill: TypeAlias = Callable[[StoredKey, Sequence[memoryview], bytes], None]
+# What an object's labels are to become, by those that it has; None to leave them.
+LabelChange: TypeAlias = Callable[[StoredKey, bytes], bytes | None]
+# The rank of an object, by its labels: those of a lower rank are evicted first.
+RankOf: TypeAlias = Callable[[StoredKey, bytes], int]
 
 
 class Presence(StrEnum):
@@ -192,6 +198,14 @@ class Tier(ABC):
         Who is reading one reads it to its end.
         """
 
+    @property
+    def num_unreached(self) -> int:
+        """How many deletes and listings so far did not reach all that they meant.
+
+        Where it is the same before and after one of them, that one reached it all.
+        """
+        return 0
+
     @abstractmethod
     def objects(self) -> Iterator[StoredObject]:
         """All complete objects, in no order; others may come and go meanwhile."""
@@ -214,9 +228,21 @@ class Tier(ABC):
         """
         return False
 
-    def relabel_many(self, key_to_labels: Mapping[StoredKey, bytes]) -> list[bool]:
-        """As `relabel`, in two round trips for all where there are any; whether each was done, in order."""
-        return [self.relabel(key, labels) for key, labels in key_to_labels.items()]
+    def revise_labels(self, keys: Sequence[StoredKey], change: LabelChange) -> list[bool]:
+        """Replace labels by what `change` makes of them; for each object whether that was done.
+
+        In two round trips for all where there are any. Where other machines write as well, `change` is asked
+        again with what they have written meanwhile. Not done where there is no such object.
+        """
+
+        def revise(key: StoredKey) -> bool:
+            old = self.labels(key)
+            if old is None:
+                return False
+            new = change(key, old)
+            return new is None or self.relabel(key, new)
+
+        return [revise(key) for key in keys]
 
     def labelled(self) -> Iterator[Labelled]:
         """All complete objects with their labels, as `objects`; complete enough to purge by.
@@ -236,6 +262,9 @@ class Tier(ABC):
 
     def let_go(self, keys: Sequence[StoredKey]) -> None:  # noqa: B027 - most hold nothing
         """Let these be evicted again, as used now."""
+
+    def rank_by(self, rank_of: RankOf) -> None:  # noqa: B027 - most evict nothing
+        """Evict objects of a lower rank first, those that are there already included."""
 
     def close(self) -> None:  # noqa: B027 - some have nothing to give back
         """Give back files, memory and connections; calling it again does nothing."""

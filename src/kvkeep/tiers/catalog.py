@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import NamedTuple
 
-from kvkeep.policies import EvictionPolicy
+from kvkeep.policies import EvictionPolicy, Ranked
 from kvkeep.spec import StoredKey
-from kvkeep.tiers.base import Labelled, Presence, StoredObject
+from kvkeep.tiers.base import Labelled, Presence, RankOf, StoredObject
 
 __all__ = ["Admission", "Catalog", "Evicted"]
 
@@ -82,7 +82,8 @@ class Catalog:
     ) -> None:
         assert capacity_bytes > 0
         self.capacity_bytes = capacity_bytes
-        self._policy = policy
+        self._policy = Ranked(policy)
+        self._rank_of: RankOf | None = None
         self._on_free = on_free
         self._taken = taken
         self._lock = Lock()
@@ -162,6 +163,14 @@ class Catalog:
                 self._totals.in_use_bytes += taken_bytes
             return admission
 
+    def rank_by(self, rank_of: RankOf) -> None:
+        """Let complete objects of a lower rank go before all others, now and from now on."""
+        with self._lock:
+            self._rank_of = rank_of
+            for key, record in self._totals.key_to_record.items():
+                if record.is_complete:
+                    self._rank(key, record)
+
     def evict(self, num_bytes: int) -> Admission:
         """Let so many bytes go that nobody uses, or all there are; the caller frees their places."""
         with self._lock:
@@ -177,6 +186,7 @@ class Catalog:
                 return False
             record.is_complete = True
             self._totals.in_use_bytes -= record.taken_bytes
+            self._rank(key, record)
             self._policy.insert([key])
             return True
 
@@ -191,9 +201,9 @@ class Catalog:
         with self._lock:
             admission = self._admit(key, taken_bytes)
             if admission is not None:
-                self._totals.key_to_record[key] = _Record(
-                    num_bytes, taken_bytes, labels, is_complete=True
-                )
+                record = _Record(num_bytes, taken_bytes, labels, is_complete=True)
+                self._totals.key_to_record[key] = record
+                self._rank(key, record)
                 self._policy.insert([key])
             return admission
 
@@ -289,10 +299,15 @@ class Catalog:
             if scratch is not None and lent is not None:
                 self._remove(scratch, lent)
             record.labels = labels
+            self._rank(key, record)
             record.taken_bytes += grown
             totals.used_bytes += grown
             totals.in_use_bytes += grown if record.num_readers else 0
             return True
+
+    def _rank(self, key: StoredKey, record: _Record) -> None:
+        if self._rank_of is not None:
+            self._policy.rank((key,), self._rank_of(key, record.labels))
 
     def _begin_use(self, key: StoredKey, record: _Record) -> None:
         if not record.num_readers:

@@ -25,6 +25,7 @@ from kvkeep.tiers.base import (
     MissCause,
     Presence,
     PutOutcome,
+    RankOf,
     StoredObject,
     Tier,
     TierStats,
@@ -89,6 +90,7 @@ class DiskTier(Tier):
         self._writes = Switch(f"writing to {path}", retry_s)
         self._reads = Switch(f"reading from {path}", retry_s)
         self._is_open = True
+        self._num_unreached = 0
         stamps = self._shelf.load()
         try:
             self._shelf.enter()
@@ -159,8 +161,13 @@ class DiskTier(Tier):
             return 0
         num_deleted = self._shelf.delete(keys)
         if self._shelf.delete_error is not None:
+            self._num_unreached += 1
             self._failed_to_write(self._shelf.delete_error)
         return num_deleted
+
+    @property
+    def num_unreached(self) -> int:
+        return self._num_unreached
 
     def objects(self) -> Iterator[StoredObject]:
         return iter(self._catalog.objects() if self._is_open else [])
@@ -222,6 +229,9 @@ class DiskTier(Tier):
 
     def let_go(self, keys: Sequence[StoredKey]) -> None:
         self._catalog.let_go(keys)
+
+    def rank_by(self, rank_of: RankOf) -> None:
+        self._catalog.rank_by(rank_of)
 
     def quarantine(self, key: StoredKey, reason: str) -> None:
         """Take an object out of use whose bytes are not what they should be; its file is put aside."""

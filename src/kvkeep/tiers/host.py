@@ -20,6 +20,7 @@ from kvkeep.tiers.base import (
     MissCause,
     Presence,
     PutOutcome,
+    RankOf,
     Spill,
     StoredObject,
     Tier,
@@ -246,6 +247,9 @@ class HostTier(Tier):
 
     def let_go(self, keys: Sequence[StoredKey]) -> None:
         self._catalog.let_go(keys)
+
+    def rank_by(self, rank_of: RankOf) -> None:
+        self._catalog.rank_by(rank_of)
 
     def close(self) -> None:
         with self._lock:

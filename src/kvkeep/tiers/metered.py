@@ -10,7 +10,7 @@ from threading import Lock
 from time import perf_counter
 
 from kvkeep.spec import StoredKey
-from kvkeep.tiers.base import Got, Miss, Presence, PutOutcome, Tier
+from kvkeep.tiers.base import Got, LabelChange, Miss, Presence, PutOutcome, Tier
 from kvkeep.tiers.wrapper import TierWrapper
 
 __all__ = ["LATENCY_BOUNDS_S", "Meter", "Metered", "Operation", "OperationMeter"]
@@ -151,9 +151,9 @@ class Metered(TierWrapper):
         self._enter(Operation.RELABEL, start, {"done" if is_done else "absent": 1})
         return is_done
 
-    def relabel_many(self, key_to_labels: Mapping[StoredKey, bytes]) -> list[bool]:
+    def revise_labels(self, keys: Sequence[StoredKey], change: LabelChange) -> list[bool]:
         start = self._clock()
-        are_done = self.inner.relabel_many(key_to_labels)
+        are_done = self.inner.revise_labels(keys, change)
         outcomes = {"done": sum(are_done), "absent": len(are_done) - sum(are_done)}
         self._enter(Operation.RELABEL, start, outcomes)
         return are_done

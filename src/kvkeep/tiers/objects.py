@@ -180,6 +180,10 @@ class ObjectTier(Tier):
             return 0
         return self._books.delete(keys, self._delete)
 
+    @property
+    def num_unreached(self) -> int:
+        return self._books.num_unreached
+
     def objects(self) -> Iterator[StoredObject]:
         """All objects under the prefix whose names are keys; ends early if the store stops answering.
 
@@ -258,6 +262,7 @@ class ObjectTier(Tier):
             for first in range(0, len(page or ()), num_at_once):
                 yield from self._forms((page or [])[first : first + num_at_once], end_bytes, faults)
             if faults:
+                self._books.count_unreached()
                 _LOGGER.warning("%s: not all objects could be listed: %s", self.name, faults[0])
             if page is None or faults:
                 return
@@ -345,12 +350,18 @@ class ObjectTier(Tier):
 
     def _delete(self, keys: Sequence[StoredKey]) -> int:
         deadline = Deadline(self._timeout_s)
-        key_to_size = self._sizes_of(keys, deadline) if keys else {}
+        faults: list[CallError] = []
+        key_to_size = (
+            self._ask_all(keys, self._bucket.size_of, deadline, faults=faults) if keys else {}
+        )
+        if faults:
+            self._books.count_unreached()
         if not key_to_size:
             return 0
         try:
             self._call(lambda: self._bucket.delete(list(key_to_size)), deadline)
         except CallError as error:
+            self._books.count_unreached()
             _LOGGER.warning(
                 "%s: %d objects were not deleted: %s", self.name, len(key_to_size), error
             )

@@ -16,6 +16,7 @@ from kvkeep.tiers.base import (
     MissCause,
     Presence,
     PutOutcome,
+    RankOf,
     Spill,
     StoredObject,
     Tier,
@@ -138,6 +139,9 @@ class PhantomTier(Tier):
 
     def let_go(self, keys: Sequence[StoredKey]) -> None:
         self._catalog.let_go(keys)
+
+    def rank_by(self, rank_of: RankOf) -> None:
+        self._catalog.rank_by(rank_of)
 
     def stats(self) -> TierStats:
         return self._tally.stats(self.name, self._catalog)

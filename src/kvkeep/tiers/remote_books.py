@@ -42,6 +42,7 @@ class RemoteBooks:
         self._puts: Counter[PutOutcome] = Counter()
         self._kept_bytes = 0
         self._num_kept = 0
+        self.num_unreached = 0
 
     @property
     def used_bytes(self) -> int:
@@ -117,6 +118,11 @@ class RemoteBooks:
         with self._lock:
             self._num_kept = max(0, self._num_kept - num_objects)
             self._kept_bytes = max(0, self._kept_bytes - num_bytes)
+
+    def count_unreached(self) -> None:
+        """Count a delete, or a listing, that did not reach all that it meant."""
+        with self._lock:
+            self.num_unreached += 1
 
     def stats(self) -> TierStats:
         """Counters since the start."""

@@ -8,13 +8,14 @@ with its labels behind it, see `stored_value`: a server that evicts takes both.
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvkeep.errors import ConfigError
 from kvkeep.spec import StoredKey
 from kvkeep.tiers.base import (
     Capabilities,
     Got,
+    LabelChange,
     Labelled,
     Miss,
     MissCause,
@@ -50,7 +51,7 @@ _LOGGER = logging.getLogger(__name__)
 # What servers take at most, unless they are set up otherwise.
 MAX_VALUE_BYTES = 512 << 20
 # Labels that are replaced under one deadline; and how often, when others do so too.
-_MAX_RELABELLED, _MAX_TRIES = 1000, 3
+_MAX_RELABELLED, _MAX_TRIES = 1000, 5
 
 
 class RespTier(Tier):
@@ -181,6 +182,10 @@ class RespTier(Tier):
             return 0
         return self._books.delete(keys, self._delete)
 
+    @property
+    def num_unreached(self) -> int:
+        return self._books.num_unreached
+
     def objects(self) -> Iterator[StoredObject]:
         """All that the servers have under our prefix; those that do not answer are left out."""
         for listed in self._listed(TRAILER_BYTES):
@@ -205,19 +210,26 @@ class RespTier(Tier):
         return read_labels(read) if self._is_open else None
 
     def relabel(self, key: StoredKey, labels: bytes) -> bool:
-        return self.relabel_many({key: labels})[0]
+        """What another machine writes at the same time may be lost."""
+        return self._revise_all([key], lambda _key, _old: labels, compares=False)[0]
 
-    def relabel_many(self, key_to_labels: Mapping[StoredKey, bytes]) -> list[bool]:
-        """Labels of one object that two machines replace at once are those of one of them."""
+    def revise_labels(self, keys: Sequence[StoredKey], change: LabelChange) -> list[bool]:
+        """What another machine writes at the same time is not lost; it is not done where that goes on."""
+        return self._revise_all(keys, change, compares=True)
+
+    def _revise_all(
+        self, keys: Sequence[StoredKey], change: LabelChange, *, compares: bool
+    ) -> list[bool]:
         if not self._is_open:
-            return [False] * len(key_to_labels)
+            return [False] * len(keys)
         done: set[StoredKey] = set()
-        keys = [key for key, labels in key_to_labels.items() if len(labels) <= MAX_LABEL_BYTES]
         for first in range(0, len(keys), _MAX_RELABELLED):
-            left, deadline = keys[first : first + _MAX_RELABELLED], Deadline(self._timeout_s)
+            left = list(keys[first : first + _MAX_RELABELLED])
+            deadline = Deadline(self._timeout_s)
             for _ in range(_MAX_TRIES):
-                left = self._relabel(left, key_to_labels, done, deadline) if left else []
-        return [key in done for key in key_to_labels]
+                if left:
+                    left = self._revise(left, change, done, deadline, compares=compares)
+        return [key in done for key in keys]
 
     def labelled(self) -> Iterator[Labelled]:
         return labelled_values(self._listed(ROOM_BYTES), self.labels)
@@ -248,32 +260,40 @@ class RespTier(Tier):
                     seen.add(key)
                     yield Listed(key, item.end.form())
         except CallError as error:
+            self._books.count_unreached()
             _LOGGER.warning("%s: not all objects could be listed: %s", self.name, error)
 
-    def _relabel(
+    def _revise(
         self,
         keys: Sequence[StoredKey],
-        key_to_labels: Mapping[StoredKey, bytes],
+        change: LabelChange,
         done: set[StoredKey],
         deadline: Deadline,
+        *,
+        compares: bool,
     ) -> list[StoredKey]:
         """Try once; adds what was done, and returns what has changed meanwhile, to be tried again."""
         names = [self._name_of(key) for key in keys]
-        patched: list[StoredKey] = []
-        patches: list[Patch] = []
-        ends = self._transport.ends(names, TRAILER_BYTES, deadline)
+        key_to_patch: dict[StoredKey, Patch] = {}
+        ends = self._transport.ends(names, ROOM_BYTES, deadline)
         for key, name, end in zip(keys, names, ends, strict=True):
-            if end is not None and end.length:
-                num_bytes = end.form().num_bytes
-                room_bytes = end.length - num_bytes
-                tail = roomy_tail(num_bytes, key_to_labels[key], least_bytes=room_bytes)
-                patched.append(key)
-                patches.append(Patch(name, end.length, num_bytes, tail))
+            if end is None or not end.length:
+                continue
+            labels = end.form().labels
+            if labels is None:
+                # Longer than what was read; where they are damaged no get gives them.
+                labels = self.labels(key) or b""
+            new = change(key, labels)
+            if new is None:
+                done.add(key)
+            elif len(new) <= MAX_LABEL_BYTES:
+                key_to_patch[key] = _patch(name, end, new, compares=compares)
+        patches = list(key_to_patch.values())
         results = self._transport.patch_many(patches, deadline) if patches else []
         for result in results:
             if result.outcome is PutOutcome.FAILED:
                 self._complain(result.reason, "labels")
-        outcomes = dict(zip(patched, results, strict=True))
+        outcomes = dict(zip(key_to_patch, results, strict=True))
         done.update(key for key, one in outcomes.items() if one.outcome is PutOutcome.STORED)
         return [key for key, one in outcomes.items() if one.outcome is PutOutcome.REFUSED]
 
@@ -284,6 +304,7 @@ class RespTier(Tier):
             [self._name_of(key) for key in keys], Deadline(self._timeout_s)
         )
         if deleted.num_failed:
+            self._books.count_unreached()
             _LOGGER.warning(
                 "%s (%s): %d keys were not deleted, since their server does not answer",
                 self.name, self.url, deleted.num_failed,
@@ -318,6 +339,15 @@ def _open_transport(
     if url.client == "glide":
         return open_glide(url, num_connections=num_connections, timeout_s=timeout_s, name=name)
     return open_sockets(url, num_connections=num_connections, name=name)
+
+
+def _patch(name: bytes, end: End, labels: bytes, *, compares: bool) -> Patch:
+    """Other labels for a value that ends so; where it `compares` not written if somebody was first."""
+    num_bytes = end.form().num_bytes
+    tail_bytes = end.length - num_bytes
+    tail = roomy_tail(num_bytes, labels, least_bytes=tail_bytes)
+    trailer = bytes(end.end[-TRAILER_BYTES:]) if tail_bytes and compares else b""
+    return Patch(name, end.length, num_bytes, tail, trailer)
 
 
 def _check_prefix(key_prefix: object) -> None:

@@ -22,10 +22,11 @@ __all__ = [
 ]
 
 # The one thing that servers have no command for: to write into a value that is there, and make none. Of a key
-# that is gone the length is 0. Arguments: the length, an offset, and what is written there.
+# that is gone the length is 0. Arguments: the length, an offset, what is written there, the end as it was.
 _PATCH_SCRIPT = b"""
 local length = redis.call('STRLEN', KEYS[1])
 if length == 0 or length ~= tonumber(ARGV[1]) then return 0 end
+if #ARGV[4] > 0 and redis.call('GETRANGE', KEYS[1], -#ARGV[4], -1) ~= ARGV[4] then return 0 end
 redis.call('SETRANGE', KEYS[1], ARGV[2], ARGV[3])
 return 1
 """
@@ -77,12 +78,13 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """What is to be written into a value of `length` bytes, from `offset` to its end or beyond."""
+    """What is to be written into a value of `length` bytes that ends with `end`, from `offset` on."""
 
     key: bytes
     length: int
     offset: int
     content: bytes
+    end: bytes = b""
 
 
 def end_of(length: object, end: object) -> End | None:
@@ -95,7 +97,7 @@ def end_of(length: object, end: object) -> End | None:
 def patch_words(patch: Patch) -> list[bytes]:
     """The command that does it."""
     places = (b"%d" % patch.length, b"%d" % patch.offset)
-    return [b"EVAL", _PATCH_SCRIPT, b"1", patch.key, *places, patch.content]
+    return [b"EVAL", _PATCH_SCRIPT, b"1", patch.key, *places, patch.content, patch.end]
 
 
 def patch_result(answer: object) -> SetResult:
@@ -135,9 +137,9 @@ class RespTransport(Protocol):
         ...
 
     def patch_many(self, patches: Sequence[Patch], deadline: Deadline) -> list[SetResult]:
-        """Write into each value that is there and has the length that is said; makes none.
+        """Write into each value that is there and has the length and the end that are said; makes none.
 
-        STORED; REFUSED where it has another length, or is gone; FAILED.
+        STORED; REFUSED where it has another length or end, or is gone; FAILED.
         """
         ...
 

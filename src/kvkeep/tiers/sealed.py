@@ -4,7 +4,7 @@ The form of what is kept is in `aead`; keys are kept by a `Keyring`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from threading import Lock
@@ -14,11 +14,13 @@ from kvkeep.errors import ConfigError, TierError
 from kvkeep.spec import StoredKey
 from kvkeep.tiers.base import (
     Got,
+    LabelChange,
     Labelled,
     Miss,
     MissCause,
     Presence,
     PutOutcome,
+    RankOf,
     StoredObject,
     Tier,
     TierStats,
@@ -123,16 +125,33 @@ class Sealed(TierWrapper):
         return None if sealed is None else self._open_labels(tenant_key, key, sealed)
 
     def relabel(self, key: StoredKey, labels: bytes) -> bool:
-        return self.relabel_many({key: labels})[0]
+        tenant_key = self._key_of(self._tenant_of(key))
+        if isinstance(tenant_key, Miss):
+            return False
+        return self.inner.relabel(key, self._seal_labels(tenant_key, key, labels))
 
-    def relabel_many(self, key_to_labels: Mapping[StoredKey, bytes]) -> list[bool]:
-        key_to_sealed: dict[StoredKey, bytes] = {}
-        for key, labels in key_to_labels.items():
+    def revise_labels(self, keys: Sequence[StoredKey], change: LabelChange) -> list[bool]:
+        keyed = {key: self._key_of(self._tenant_of(key)) for key in keys}
+
+        def revise(key: StoredKey, sealed: bytes) -> bytes | None:
+            tenant_key = keyed[key]
+            assert isinstance(tenant_key, TenantKey)
+            # What cannot be opened is given by no get, and is replaced.
+            new = change(key, self._open_labels(tenant_key, key, sealed) or b"")
+            return None if new is None else self._seal_labels(tenant_key, key, new)
+
+        there = [key for key, tenant_key in keyed.items() if isinstance(tenant_key, TenantKey)]
+        are_done = dict(zip(there, self.inner.revise_labels(there, revise), strict=True))
+        return [are_done.get(key, False) for key in keys]
+
+    def rank_by(self, rank_of: RankOf) -> None:
+        def rank_of_sealed(key: StoredKey, sealed: bytes) -> int:
             tenant_key = self._key_of(self._tenant_of(key))
-            if isinstance(tenant_key, TenantKey):
-                key_to_sealed[key] = self._seal_labels(tenant_key, key, labels)
-        are_done = dict(zip(key_to_sealed, self.inner.relabel_many(key_to_sealed), strict=True))
-        return [are_done.get(key, False) for key in key_to_labels]
+            if isinstance(tenant_key, Miss):
+                return rank_of(key, b"")
+            return rank_of(key, self._open_labels(tenant_key, key, sealed) or b"")
+
+        self.inner.rank_by(rank_of_sealed)
 
     def labelled(self) -> Iterator[Labelled]:
         """As `objects`, without those whose labels cannot be opened: no get gives them either."""

@@ -12,12 +12,14 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from kvkeep.spec import StoredKey
-from kvkeep.tiers.base import Occasion, Presence, PutOutcome, Spill, Tier
+from kvkeep.tiers.base import Occasion, Presence, PutOutcome, RankOf, Spill, Tier
 
-__all__ = ["Floor", "Parts", "Sighting", "SpillingTier", "TierStack"]
+__all__ = ["Floor", "Landed", "Parts", "Sighting", "SpillingTier", "TierStack"]
 
 # Makes the parts of an object anew for every tier that it is written to.
 Parts = Callable[[], Iterable[memoryview]]
+# What is called with an object that has fallen, the labels that it had, and what became of it in each tier.
+Landed = Callable[[StoredKey, bytes, Mapping[int, PutOutcome]], None]
 
 
 @runtime_checkable
@@ -47,7 +49,8 @@ class TierStack:
     """Floors by number, 0 the nearest to the device.
 
     What a tier evicts falls, with its labels, to the next one that takes it: at once, or as `defer` sees to
-    it, which queues a job and says whether it could; `num_dropped` is how often it could not.
+    it, which queues a job and says whether it could; `num_dropped` is how often it could not. `on_landed`
+    hears of it, on the thread that wrote it: what came between its fall and its end it has to know.
     """
 
     def __init__(self, floors: Sequence[Floor]) -> None:
@@ -59,6 +62,7 @@ class TierStack:
             at for at, tier in enumerate(self.tiers) if not tier.capabilities.is_local
         )
         self.defer: Callable[[Callable[[], None]], bool] | None = None
+        self.on_landed: Landed | None = None
         self.num_dropped = 0
         self._lock = Lock()
         self._spilling: dict[StoredKey, _Spilling] = {}
@@ -121,13 +125,10 @@ class TierStack:
             if occasion in floor.write_on
         }
 
-    def relabel(self, key_to_labels: Mapping[StoredKey, bytes]) -> dict[int, int]:
-        """Replace labels everywhere, also of objects that are falling; how many were in each tier."""
-        with self._lock:
-            for key in key_to_labels if self._spilling else ():
-                if key in self._spilling:
-                    self._spilling[key].labels = key_to_labels[key]
-        return {at: sum(tier.relabel_many(key_to_labels)) for at, tier in enumerate(self.tiers)}
+    def rank_by(self, rank_of: RankOf) -> None:
+        """Let every tier evict objects of a lower rank first."""
+        for tier in self.tiers:
+            tier.rank_by(rank_of)
 
     def delete(self, keys: Sequence[StoredKey]) -> dict[int, int]:
         """Forget objects everywhere, also those that are falling; how many there were in each tier."""
@@ -179,14 +180,14 @@ class TierStack:
         def spill(key: StoredKey, parts: Sequence[memoryview], labels: bytes) -> None:
             num_bytes = sum(part.nbytes for part in parts)
             if self.defer is None:
-                self._put_below(at + 1, key, lambda: parts, num_bytes, labels)
+                self._fall(at + 1, key, parts, num_bytes, labels)
                 return
             # The place above is reused at once: what waits must have bytes of its own.
             taken = [np.frombuffer(part, np.uint8).copy().data for part in parts]
-            spilling = _Spilling(labels)
+            spilling = _Spilling()
             with self._lock:
                 self._spilling[key] = spilling
-            if not self.defer(partial(self._land, at + 1, key, taken, num_bytes, spilling)):
+            if not self.defer(partial(self._land, at + 1, key, taken, labels, spilling)):
                 self._end_spill(key, spilling)
                 self.num_dropped += 1
 
@@ -197,20 +198,23 @@ class TierStack:
         first: int,
         key: StoredKey,
         parts: Sequence[memoryview],
-        num_bytes: int,
+        labels: bytes,
         spilling: "_Spilling",
     ) -> None:
         """Write what fell, unless it has been deleted meanwhile."""
-        labels = spilling.labels
         if not spilling.is_cancelled:
-            self._put_below(first, key, lambda: parts, num_bytes, labels)
+            self._fall(first, key, parts, sum(part.nbytes for part in parts), labels)
         self._end_spill(key, spilling)
-        if spilling.labels is not labels:
-            for floor in self.floors[first:]:
-                floor.tier.relabel(key, spilling.labels)
         if spilling.is_cancelled:
             for floor in self.floors[first:]:
                 floor.tier.delete([key])
+
+    def _fall(
+        self, first: int, key: StoredKey, parts: Sequence[memoryview], num_bytes: int, labels: bytes
+    ) -> None:
+        outcomes = self._put_below(first, key, lambda: parts, num_bytes, labels)
+        if outcomes and self.on_landed is not None:
+            self.on_landed(key, labels, outcomes)
 
     def _end_spill(self, key: StoredKey, spilling: "_Spilling") -> None:
         with self._lock:
@@ -222,5 +226,4 @@ class TierStack:
 class _Spilling:
     """An object on its way down from a tier that had no room for it any more."""
 
-    labels: bytes
     is_cancelled: bool = False

@@ -9,6 +9,7 @@ from kvkeep.tiers.base import (
     Miss,
     Presence,
     PutOutcome,
+    RankOf,
     Spill,
     StoredObject,
     Tier,
@@ -58,6 +59,10 @@ class TierWrapper(Tier):
     def delete(self, keys: Sequence[StoredKey]) -> int:
         return self.inner.delete(keys)
 
+    @property
+    def num_unreached(self) -> int:
+        return self.inner.num_unreached
+
     def quarantine(self, key: StoredKey, reason: str) -> None:
         """Take a wrong object out of use: put aside where the tier inside can, else forgotten."""
         if isinstance(self.inner, QuarantiningTier):
@@ -88,6 +93,9 @@ class TierWrapper(Tier):
 
     def let_go(self, keys: Sequence[StoredKey]) -> None:
         self.inner.let_go(keys)
+
+    def rank_by(self, rank_of: RankOf) -> None:
+        self.inner.rank_by(rank_of)
 
     def close(self) -> None:
         self.inner.close()

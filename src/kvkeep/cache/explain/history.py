@@ -55,8 +55,12 @@ class History:
         """Blocks that were given up for this reason since the start."""
         return self._gone.reason_to_count[reason]
 
-    def forget(self, root: BlockKey, session: str | None = None) -> None:
-        """Forget the prompts of a namespace, or what only one session of it has sent."""
+    def sent(self, root: BlockKey) -> list[bytes]:
+        """The packed tokens of the prompts of a namespace that are remembered, the newest first."""
+        return self._prompts.packed(root)
+
+    def forget(self, root: BlockKey | None, session: str | None = None) -> None:
+        """Forget the prompts of a namespace (None: of all), or what only one session of it has sent."""
         self._prompts.forget(root, session)
 
     def explain(

@@ -12,8 +12,8 @@ __all__ = ["Finding", "Severity", "lint_request"]
 
 # Of text without a tokenizer.
 _CHARS_PER_TOKEN = 4
-# What costs less than a block of tokens is not worth a word.
-_LEAST_TOKENS = 32
+# A hit needs a whole block; so many tokens by default.
+_BLOCK_TOKENS = 32
 # Behind a changing part of the newest message, or of a plain prompt: passages, which others may share.
 _LEAST_PASSAGE_TOKENS = 256
 _MOST_OF_A_KIND = 3
@@ -103,31 +103,40 @@ def _costs(kind: PartKind, one: Sighting, rest: int, behind: int) -> bool:
     """Whether so much text stands behind it that a change of it matters."""
     match kind:
         case PartKind.FIXED:
-            return rest + behind >= _LEAST_TOKENS
+            # However little follows it now: all that a conversation adds follows it, too.
+            return True
         case PartKind.PAST:
             # What was written into a message once is the same in all later requests.
-            return not one.pattern.stays and rest + behind >= _LEAST_TOKENS
+            return not one.pattern.stays
         case PartKind.NEWEST | PartKind.WHOLE:
             return rest >= _LEAST_PASSAGE_TOKENS
 
 
 def _why(severity: Severity, tokens_behind: int) -> str:
     when = "when it is another one" if severity is Severity.MAY_BREAK else "at every change of it"
-    return f"about {tokens_behind} tokens behind it are computed again {when}"
+    return f"about {tokens_behind} tokens behind it are computed again {when}{_few(tokens_behind)}"
+
+
+def _few(num_tokens: int) -> str:
+    """What to add where there is nothing to lose yet."""
+    if num_tokens >= _BLOCK_TOKENS:
+        return ""
+    return (
+        f"; that is less than a block ({_BLOCK_TOKENS} tokens by default), and a hit needs a whole one, but "
+        "a longer conversation loses all that follows"
+    )
 
 
 def _in_pair(
     part: Part, difference: Difference, count: Callable[[str], int], *, behind: int
 ) -> list[Finding]:
     tokens_behind = count(part.text[difference.start :]) + behind
-    if tokens_behind < _LEAST_TOKENS:
-        return []
     return [
         Finding(
             where=f"{part.where}, character {difference.start}",
             what=difference.what,
             why=f"the earlier request has {difference.earlier_text!r} where this one has "
-            f"{difference.text!r}: about {tokens_behind} tokens are computed again",
+            f"{difference.text!r}: about {tokens_behind} tokens are computed again{_few(tokens_behind)}",
             remedy=difference.remedy,
             severity=Severity.BREAKS,
             tokens_behind=tokens_behind,

@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Part", "PartKind", "parts_of"]
+__all__ = ["PROMPT_FIELDS", "Part", "PartKind", "parts_of"]
+
+# The fields of a request that make its prompt, of all protocols.
+PROMPT_FIELDS = ("messages", "prompt", "input", "system", "instructions", "tools", "token_ids")
 
 
 class PartKind(StrEnum):

@@ -1,6 +1,6 @@
-"""The prompts that were sent lately, bounded in number and bytes."""
+"""The prompts that were sent lately, bounded in number and bytes; one tenant's do not crowd out others'."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from heapq import nlargest
 
@@ -57,6 +57,7 @@ class PromptLog:
         # In the order of their last use, the longest ago first.
         self._records: OrderedDict[int, _Record] = OrderedDict()
         self._session_to_turn: OrderedDict[tuple[BlockKey, str], _Turn] = OrderedDict()
+        self._owner_to_sessions: Counter[str | None] = Counter()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -67,7 +68,7 @@ class PromptLog:
         return self._num_bytes
 
     def add(self, sent: Sent, num_tokens: int) -> None:
-        """Remember the first tokens of a prompt; the oldest prompts go when there is no room."""
+        """Remember the first tokens of a prompt; without room the oldest go of who has the most there."""
         tokens = sent.chain.packed(0, num_tokens)
         if not 0 < len(tokens) <= self._max_bytes:
             return
@@ -81,8 +82,17 @@ class PromptLog:
             record.is_shared = True
         else:
             self._turn(sent, sent.session, record, len(tokens))
-        while self._num_bytes > self._max_bytes or len(self._records) > self._max_prompts:
-            self._forget(next(iter(self._records.values())))
+        while len(self._records) > self._max_prompts:
+            self._forget_one(Counter(one.owner for one in self._records.values()))
+        while self._num_bytes > self._max_bytes:
+            owner_to_bytes = Counter[str | None]()
+            for one in self._records.values():
+                owner_to_bytes[one.owner] += len(one.tokens)
+            self._forget_one(owner_to_bytes)
+
+    def packed(self, root: BlockKey) -> list[bytes]:
+        """The tokens of the prompts of a namespace, the newest first."""
+        return [one.tokens for one in reversed(self._records.values()) if one.root == root]
 
     def of_session(self, root: BlockKey, session: str, tokens: bytes) -> Earlier | None:
         """The last prompt of a session, compared with `tokens`."""
@@ -120,15 +130,15 @@ class PromptLog:
                 return Earlier(one.tokens, one.outline, one.namespace, common)
         return None
 
-    def forget(self, root: BlockKey, session: str | None = None) -> None:
-        """Forget the prompts of a namespace, or those that only one of its sessions has sent."""
-        for record in [one for one in self._records.values() if one.root == root]:
+    def forget(self, root: BlockKey | None, session: str | None = None) -> None:
+        """Forget the prompts of a namespace (None: of all), or those that only one of its sessions sent."""
+        for record in [one for one in self._records.values() if root in (None, one.root)]:
             if session is not None:
                 record.sessions.discard(session)
             if session is None or not (record.sessions or record.is_shared):
                 self._forget(record)
-        if session is not None:
-            self._session_to_turn.pop((root, session), None)
+        if root is not None and session is not None:
+            self._drop_turn((root, session))
 
     def _continued_by(self, sent: Sent, tokens: bytes) -> _Record:
         """The record that these tokens continue, or are part of; a new one where there is none."""
@@ -142,12 +152,31 @@ class PromptLog:
     def _turn(self, sent: Sent, session: str, record: _Record, num_bytes: int) -> None:
         name = (sent.chain.root, session)
         record.sessions.add(session)
+        is_new = name not in self._session_to_turn
         self._session_to_turn[name] = _Turn(record, num_bytes, sent.outline)
         self._session_to_turn.move_to_end(name)
+        self._owner_to_sessions[record.owner] += is_new
         if len(self._session_to_turn) > _MOST_SESSIONS:
-            (_, oldest), turn = self._session_to_turn.popitem(last=False)
-            turn.record.sessions.discard(oldest)
-            turn.record.is_shared = True
+            self._forget_turn()
+
+    def _forget_one(self, owner_to_share: Counter[str | None]) -> None:
+        """Forget the oldest prompt of the owner who has the most."""
+        ((owner, _),) = owner_to_share.most_common(1)
+        self._forget(next(one for one in self._records.values() if one.owner == owner))
+
+    def _forget_turn(self) -> None:
+        """Forget the longest unused session of the owner who has the most; its prompt stays."""
+        ((owner, _),) = self._owner_to_sessions.most_common(1)
+        turns = self._session_to_turn.items()
+        name, turn = next((name, one) for name, one in turns if one.record.owner == owner)
+        self._drop_turn(name)
+        turn.record.sessions.discard(name[1])
+        turn.record.is_shared = True
+
+    def _drop_turn(self, name: tuple[BlockKey, str]) -> None:
+        turn = self._session_to_turn.pop(name, None)
+        if turn is not None:
+            self._owner_to_sessions[turn.record.owner] -= 1
 
     def _forget(self, record: _Record) -> None:
         del self._records[id(record)]
@@ -155,4 +184,4 @@ class PromptLog:
         for session in record.sessions:
             turn = self._session_to_turn.get((record.root, session))
             if turn is not None and turn.record is record:
-                del self._session_to_turn[record.root, session]
+                self._drop_turn((record.root, session))

@@ -10,7 +10,7 @@ from kvkeep.cache.lifetimes.labels import (
     encode_labels,
     merge_labels,
 )
-from kvkeep.cache.lifetimes.lifetimes import Arrival, Gone, Lifetimes
+from kvkeep.cache.lifetimes.lifetimes import Arrival, Lifetimes, Listener
 from kvkeep.cache.lifetimes.receipts import (
     BlockReport,
     PinReport,
@@ -22,6 +22,7 @@ from kvkeep.cache.lifetimes.register import Change, Register
 from kvkeep.cache.lifetimes.selector import Match, Query, Selector, match
 from kvkeep.cache.lifetimes.sessions import Session, Sessions
 from kvkeep.cache.lifetimes.settings import LifetimeSettings
+from kvkeep.cache.lifetimes.tombstones import Tombstone
 
 __all__ = [
     "Arrival",
@@ -29,10 +30,10 @@ __all__ = [
     "Change",
     "Claim",
     "ContextId",
-    "Gone",
     "Labels",
     "LifetimeSettings",
     "Lifetimes",
+    "Listener",
     "Match",
     "PinId",
     "PinReport",
@@ -45,6 +46,7 @@ __all__ = [
     "SessionId",
     "SessionReport",
     "Sessions",
+    "Tombstone",
     "decode_labels",
     "encode_labels",
     "match",

@@ -47,9 +47,10 @@ class Claim:
     """One request's part in the life of its blocks. Made by `Lifetimes.open`.
 
     `is_void` once what it depends on was purged, or its session closed: from then on it puts labels on
-    nothing, and its request publishes nothing. `pin` keeps the first `num_pinned` blocks, `left_context` is
-    what its session turns away from. With `is_kept_out` a request never publishes (write=False, or a life of
-    0 seconds); with `is_silent` (write=False) its use of others' blocks leaves no trace either.
+    nothing, and its request publishes nothing. `pin` keeps the first `num_pinned` blocks, from when the first
+    of them is there (`has_pinned`); `left_context` is what its session turns away from. With `is_kept_out` a
+    request never publishes (write=False, or a life of 0 seconds); with `is_silent` (write=False) its use of
+    others' blocks leaves no trace either.
     """
 
     namespace: BlockKey
@@ -62,6 +63,7 @@ class Claim:
     priority: int = DEFAULT_PRIORITY
     pin: PinId | None = None
     num_pinned: int = 0
+    has_pinned: bool = False
     is_kept_out: bool = False
     is_silent: bool = False
     is_void: bool = False

@@ -3,10 +3,11 @@
 Bookkeeping only: what is to be forgotten is returned, and forgotten by who holds the places. For one thread.
 """
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from time import time
+from typing import Protocol
 
 from kvkeep.blocks import TokenChain
 from kvkeep.cache.lifetimes.claims import Claim, tag_parts
@@ -18,23 +19,31 @@ from kvkeep.cache.lifetimes.labels import (
     decode_labels,
     merge_labels,
 )
+from kvkeep.cache.lifetimes.purged import Purged
 from kvkeep.cache.lifetimes.register import Change, Register
-from kvkeep.cache.lifetimes.relevance import AUTO, common_blocks, is_turn
+from kvkeep.cache.lifetimes.relevance import AUTO, turned_away, turns
 from kvkeep.cache.lifetimes.selector import Query
 from kvkeep.cache.lifetimes.sessions import Session, Sessions
 from kvkeep.cache.lifetimes.settings import LifetimeSettings
-from kvkeep.cache.lifetimes.versions import outdated_tags, versioned_name
+from kvkeep.cache.lifetimes.versions import NewestVersions
 from kvkeep.config import CacheOptions
 from kvkeep.spec import BlockKey
 
-__all__ = ["Arrival", "Gone", "Lifetimes"]
-
-# Who hears of blocks that are not known any more, and why: "evicted", "expired" or "invalidated".
-Gone = Callable[[Collection[BlockKey], str], None]
+__all__ = ["Arrival", "Lifetimes", "Listener"]
 
 _MOST_ENDED_PINS = 2**14
-# Purges against which what tiers still have is checked.
-_MOST_PURGED = 64
+
+
+class Listener(Protocol):
+    """Who hears what becomes of blocks, and who is to be forgotten with them."""
+
+    def note_gone(self, keys: Collection[BlockKey], reason: str) -> None:
+        """These blocks are not known any more: "evicted", "expired", "invalidated", "corrupt_rejected"."""
+        ...
+
+    def forget(self, root: BlockKey | None, session: str | None = None) -> None:
+        """A session has ended, or all of a tenant was purged; None means every tenant."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +80,26 @@ class Lifetimes:
         self._claims: dict[Claim, Session | None] = {}
         self._pins: dict[PinId, BlockKey] = {}
         self._ended_pins: OrderedDict[PinId, None] = OrderedDict()
-        self.on_gone: Gone | None = None
-        self._purged: deque[Query] = deque(maxlen=_MOST_PURGED)
+        self.listener: Listener | None = None
+        self.purged = Purged()
+        self._newest = NewestVersions()
 
     # --- requests --------------------------------------------------------------------------------
 
     def open(self, options: CacheOptions, chain: TokenChain) -> Claim:
         """The claim of a request that has come; its session begins, or goes on, now."""
         ttl_s = options.ttl_s
+        # A request that leaves nothing does not turn its session either: one that asks for a title, say.
+        is_kept_out = not options.publishes
         session = context = before = known = None
         if options.session is not None:
             session = SessionId(chain.root, options.session)
             known = self.sessions.use(session, self.clock())
             known.num_open += 1
             known.num_requests += 1
-            context, before = self._context(known, options.context, chain), known.context
-            known.context = context or before
+            if not is_kept_out:
+                context, before = self._context(known, options.context, chain), known.context
+                known.context = context or before
         claim = Claim(
             namespace=chain.root,
             session=session,
@@ -96,9 +109,11 @@ class Lifetimes:
             ttl_s=self.settings.default_ttl_s if ttl_s is None else ttl_s,
             counts_from_first=options.ttl_counts_from == "first",
             priority=options.priority,
-            is_kept_out=not options.write or ttl_s == 0,
+            is_kept_out=is_kept_out,
             is_silent=not options.write,
         )
+        if options.pin and options.publishes and chain.keys:
+            claim.pin, claim.num_pinned = _pin_name(options, chain), len(chain.keys)
         self._claims[claim] = known
         return claim
 
@@ -108,15 +123,12 @@ class Lifetimes:
         self._claims[claim] = None
         return claim
 
-    def outdated(self, claim: Claim) -> frozenset[str]:
-        """Tags of this tenant's blocks that the claim's versions replace."""
-        if not any(map(versioned_name, claim.tags)):
-            return frozenset()
-        known = {one for tag in claim.tags for one in self.register.versions(tag)}
-        for other in self._claims:
-            if other.namespace == claim.namespace:
-                known |= other.tags
-        return outdated_tags(claim.tags, known)
+    def outdating(self, claim: Claim) -> Query | None:
+        """What a request outdates that brings other versions than came last; None if it does not."""
+        new = self._newest.arrive(claim.namespace, claim.tags)
+        if not new:
+            return None
+        return Query(versions=new, namespaces=frozenset((claim.namespace,)))
 
     def begin(self, claim: Claim, chain: TokenChain) -> list[BlockKey]:
         """Called once, when a request of a session begins to run: what that session has turned away from.
@@ -125,19 +137,10 @@ class Lifetimes:
         as far as nobody else uses them; leaves come last.
         """
         session = self._claims.get(claim)
-        if session is None or claim.session is None or claim.has_begun or claim.is_void:
+        if session is None or claim.session is None or claim.has_begun or not claim.publishes:
             return []
         claim.has_begun = True
-        own, name = set(chain.keys), claim.session.name
-        left: list[BlockKey] = []
-        if common_blocks(session.last_keys, chain.keys):
-            left += [key for key in session.last_keys if self._is_only_of(key, name, own)]
-        if claim.left_context is not None:
-            context = frozenset((ContextId(name, claim.left_context),))
-            for labels, keys in self.register.of_session(claim.session):
-                if labels.contexts == context and labels.is_owned_by(name):
-                    left += [key for key in keys if key not in own]
-        return list(dict.fromkeys(left))
+        return turned_away(self.register, session, claim.left_context, chain.keys)
 
     def use(
         self, claim: Claim, chain: TokenChain, numbers: Sequence[int], *, is_new: bool
@@ -160,8 +163,10 @@ class Lifetimes:
             for tags, own in by_tags.items()
             for change in self.register.update(own, claim.on(tags, now_s, is_new=is_new))
         ]
-        if claim.pin is not None and claim.pin in self._pins:
-            pinned = [chain.keys[number] for number in numbers if number < claim.num_pinned]
+        pinned = [chain.keys[number] for number in numbers if number < claim.num_pinned]
+        # One that was ended meanwhile does not come back.
+        if claim.pin is not None and pinned and (not claim.has_pinned or self.has_pin(claim.pin)):
+            claim.has_pinned = True
             changes += self.pin(claim.pin, claim.namespace, pinned)
         return changes
 
@@ -191,15 +196,12 @@ class Lifetimes:
             if chain is not None and claim.publishes:
                 session.chain = chain
 
-    def purged(self, query: Query) -> int:
-        """What a query means is gone: requests that it means publish nothing any more; how many there were.
-
-        Nor is it used where a tier still has it, since it failed when it was to delete.
-        """
+    def void(self, query: Query) -> int:
+        """Requests that a query means publish nothing any more; how many there were."""
         now_s = self.clock()
-        if query.used_before is None:
-            before = now_s if query.created_before is None else query.created_before
-            self._purged.append(replace(query, created_before=before))
+        if self.listener is not None and query.means_tenants:
+            for root in (None,) if query.namespaces is None else query.namespaces:
+                self.listener.forget(root)
         if query.keys is not None or query.used_before is not None:
             return 0
         num_void = 0
@@ -211,8 +213,13 @@ class Lifetimes:
 
     # --- what comes from tiers ---------------------------------------------------------------------
 
-    def arrive(self, key: BlockKey, namespace: BlockKey, encoded: bytes) -> Arrival:
-        """A block has come from a tier, with these labels or b""; they join those that are known."""
+    def arrive(
+        self, key: BlockKey, namespace: BlockKey, encoded: bytes, *, is_used: bool = True
+    ) -> Arrival:
+        """A block has come from a tier, with these labels or b""; they join those that are known.
+
+        With `is_used` its sessions are used by that.
+        """
         now_s = self.clock()
         labels = self._labels_of(namespace, encoded, now_s)
         if labels is None:
@@ -221,10 +228,13 @@ class Lifetimes:
         if max(labels.ends_at, known.ends_at if known else 0.0) <= now_s:
             is_final = labels.ends_at + self.settings.max_clock_skew_s <= now_s
             return Arrival("expired", [], is_final=is_final)
-        if known is None and any(query.means(key, labels) for query in self._purged):
+        if known is None and self.purged.means(key, labels):
             return Arrival("invalidated", [])
         changes = self._add(key, labels)
-        self._note_names(labels, now_s)
+        for name in labels.sessions:
+            self._note_session(SessionId(namespace, name), labels, is_used=is_used)
+        for pin in labels.pins:
+            self._pins.setdefault(pin, namespace)
         return Arrival(None, changes)
 
     def enter(self, key: BlockKey, namespace: BlockKey) -> list[Change]:
@@ -243,7 +253,7 @@ class Lifetimes:
         labels = decode_labels(encoded)
         if labels is None:
             return False
-        arrival = self.arrive(key, labels.namespace, encoded)
+        arrival = self.arrive(key, labels.namespace, encoded, is_used=False)
         return arrival.is_alive or not arrival.is_final
 
     # --- sessions ----------------------------------------------------------------------------------
@@ -253,6 +263,8 @@ class Lifetimes:
         for claim in self._claims:
             claim.is_void |= claim.session == session_id
         self.sessions.end(session_id)
+        if self.listener is not None:
+            self.listener.forget(session_id.namespace, session_id.name)
         keys = [key for _, own in self.register.of_session(session_id) for key in own]
         return self.register.update(
             keys, lambda old: None if old is None else old.without_session(session_id.name)
@@ -292,12 +304,6 @@ class Lifetimes:
 
         return self.register.update(keys, keep)
 
-    def pin_all(self, claim: Claim, chain: TokenChain) -> PinId:
-        """Let a request pin the full blocks that its chain has now; the pin is named after their content."""
-        claim.pin, claim.num_pinned = PinId(f"prompt:{chain.keys[-1].hex()[:16]}"), len(chain.keys)
-        self.pin(claim.pin, claim.namespace, ())
-        return claim.pin
-
     def unpin(self, pin: PinId) -> list[Change]:
         """End a pin; what no other means is kept no longer than its labels say."""
         self._pins.pop(pin, None)
@@ -321,8 +327,8 @@ class Lifetimes:
 
     def tell_gone(self, keys: Collection[BlockKey], reason: str) -> None:
         """Blocks are not known any more, anywhere."""
-        if self.on_gone is not None and keys:
-            self.on_gone(keys, reason)
+        if self.listener is not None and keys:
+            self.listener.note_gone(keys, reason)
 
     def next_due(self) -> float:
         """Nothing ends of itself before this time."""
@@ -334,14 +340,10 @@ class Lifetimes:
         if asked != AUTO:
             return asked
         is_auto = session.context is not None and session.context.startswith(f"{AUTO}:")
-        if not is_auto or is_turn(session.last_keys, chain.keys, self.settings.context_share):
+        if not is_auto or turns(self.register, session, chain.keys, self.settings.context_share):
             session.num_auto += 1
             return f"{AUTO}:{session.num_auto}"
         return session.context
-
-    def _is_only_of(self, key: BlockKey, session: str, own: set[BlockKey]) -> bool:
-        labels = self.register.get(key)
-        return key not in own and labels is not None and labels.is_owned_by(session)
 
     def _labels_of(self, namespace: BlockKey, encoded: bytes, now_s: float) -> Labels | None:
         """What the bytes say; None where they cannot be read, are of another tenant, or name no user."""
@@ -367,14 +369,19 @@ class Lifetimes:
             [key], lambda old: labels if old is None else merge_labels(old, labels)
         )
 
-    def _note_names(self, labels: Labels, now_s: float) -> None:
-        """Sessions and pins that labels from a tier name go on here."""
-        for name in labels.sessions:
-            session_id = SessionId(labels.namespace, name)
-            if self.sessions.get(session_id) is None:
-                self.sessions.use(session_id, now_s).created_at = labels.created_at
-        for pin in labels.pins:
-            self._pins.setdefault(pin, labels.namespace)
+    def _note_session(self, session_id: SessionId, labels: Labels, *, is_used: bool) -> None:
+        """A session that labels from a tier name goes on here."""
+        if not is_used:
+            self.sessions.restore(session_id, labels.created_at)
+        elif self.sessions.get(session_id) is None:
+            self.sessions.use(session_id, self.clock()).created_at = labels.created_at
+
+
+def _pin_name(options: CacheOptions, chain: TokenChain) -> PinId:
+    """As the request calls its pin, else after the content of its full blocks."""
+    if isinstance(options.pin, str):
+        return PinId(options.pin)
+    return PinId(f"prompt:{chain.keys[-1].hex()[:16]}")
 
 
 def _keys_at(chain: TokenChain, numbers: Sequence[int]) -> Sequence[BlockKey]:

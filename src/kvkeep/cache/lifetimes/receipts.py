@@ -14,7 +14,8 @@ class PurgeReceipt:
 
     `matched` and `deleted` count blocks, `stored` objects in each tier, by its name (a block has one for each
     KV group), `freed_bytes` the bytes of both. `in_use` blocks stay with the requests that hold them, as
-    their own. With `dry_run` nothing was done, and the numbers are what would be.
+    their own. Tiers that are `not_reached` did not answer: what they have of it is not served, and goes when
+    they do. With `dry_run` nothing was done, and the numbers are what would be.
     """
 
     matched: int = 0
@@ -23,6 +24,7 @@ class PurgeReceipt:
     skipped_pinned: int = 0
     in_use: int = 0
     stored: dict[str, int] = field(default_factory=dict)
+    not_reached: tuple[str, ...] = ()
     dry_run: bool = False
 
     def __add__(self, other: "PurgeReceipt") -> "PurgeReceipt":
@@ -35,6 +37,7 @@ class PurgeReceipt:
             skipped_pinned=self.skipped_pinned + other.skipped_pinned,
             in_use=self.in_use + other.in_use,
             stored={name: self.stored.get(name, 0) + other.stored.get(name, 0) for name in names},
+            not_reached=tuple(sorted({*self.not_reached, *other.not_reached})),
             dry_run=self.dry_run or other.dry_run,
         )
 
@@ -61,21 +64,29 @@ class SessionReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PinReport:
-    """A pin, the blocks that it means, and how many of them are held on the device."""
+    """A pin, the blocks that it means, and how many of them are held on the device.
+
+    `stored` counts the objects that are held in each tier of this machine, by its name.
+    """
 
     name: PinId
     namespace: BlockKey
     num_blocks: int
     num_on_device: int
+    stored: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuotaReport:
-    """A tenant's share: what its blocks take of `limit_bytes`, each counted once."""
+    """A tenant's share: what its blocks take of `limit_bytes` in a tier, "device" included.
+
+    Without `tier` it is what they take anywhere, each counted once.
+    """
 
     salt: str
     limit_bytes: int
     used_bytes: int
+    tier: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,8 @@
 """Which block bears which labels: by key, with a way from tags, sessions, pins and tenants to the blocks.
 
 Blocks of equal labels are kept together, so that a purge looks at a few groups and not at every block, and an
-expiry is one entry of a heap for all of them.
+expiry is one entry of a heap for all of them. A purge does not even have to look: from the moment that its
+tombstone stands here, what it means has no labels any more, whenever the blocks themselves are taken out.
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
@@ -16,7 +17,8 @@ from kvkeep.cache.lifetimes.labels import (
     SessionId,
     encode_labels,
 )
-from kvkeep.cache.lifetimes.versions import versioned_name
+from kvkeep.cache.lifetimes.tombstones import LabelGroup, Tombstone
+from kvkeep.cache.lifetimes.versions import versioned_name, versioned_names
 from kvkeep.spec import BlockKey
 
 __all__ = ["Change", "Register"]
@@ -25,17 +27,6 @@ _NEVER = float("inf")
 # Entries of the heap beyond twice those that count, before it is built anew.
 _STALE_ENTRIES = 64
 _Name = TypeVar("_Name", bound=Hashable)
-
-
-class _Group:
-    """All keys of equal labels. Compared by identity, which is what makes the common case quick."""
-
-    __slots__ = ("encoded", "keys", "labels")
-
-    def __init__(self, labels: Labels) -> None:
-        self.labels = labels
-        self.keys: set[BlockKey] = set()
-        self.encoded: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +42,21 @@ class Register:
     """Labels of every block that is known, wherever it lies. For one thread."""
 
     def __init__(self) -> None:
-        self._key_to_group: dict[BlockKey, _Group] = {}
-        self._labels_to_group: dict[Labels, _Group] = {}
+        self._key_to_group: dict[BlockKey, LabelGroup] = {}
+        self._labels_to_group: dict[Labels, LabelGroup] = {}
         self._key_to_used: dict[BlockKey, float] = {}
-        self._tag_to_groups: dict[str, set[_Group]] = {}
-        # Tags with a version, by the name that they are a version of.
-        self._name_to_tags: dict[str, set[str]] = {}
-        self._session_to_groups: dict[SessionId, set[_Group]] = {}
-        self._pin_to_groups: dict[PinId, set[_Group]] = {}
-        self._namespace_to_groups: dict[BlockKey, set[_Group]] = {}
+        self._tag_to_groups: dict[str, set[LabelGroup]] = {}
+        # By tenant, and the name of which a tag is a version.
+        self._versions_to_groups: dict[tuple[BlockKey, str], set[LabelGroup]] = {}
+        self._session_to_groups: dict[SessionId, set[LabelGroup]] = {}
+        self._pin_to_groups: dict[PinId, set[LabelGroup]] = {}
+        self._namespace_to_groups: dict[BlockKey, set[LabelGroup]] = {}
         # Entries of groups that are empty by now are stale.
-        self._expiries: list[tuple[float, int, _Group]] = []
+        self._expiries: list[tuple[float, int, LabelGroup]] = []
         self._num_pushed = 0
-        # Without labels, but not yet forgotten everywhere: dead until somebody computes them anew.
-        self._doomed: set[BlockKey] = set()
+        self._num_numbered = 0
+        # Of purges that have not taken out all that they mean.
+        self._tombstones: list[Tombstone] = []
         # Groups of blocks that are pinned or have a priority of their own.
         self.num_marked = 0
 
@@ -80,14 +72,16 @@ class Register:
     # --- questions -------------------------------------------------------------------------------
 
     def get(self, key: BlockKey) -> Labels | None:
-        """The labels of a block, None where it has none."""
+        """The labels of a block, None where it has none, or none any more."""
         group = self._key_to_group.get(key)
-        return None if group is None else group.labels
+        if group is None or self._is_buried(key, group):
+            return None
+        return group.labels
 
     def encoded(self, key: BlockKey) -> bytes:
         """The labels as they are stored; b"" where there are none."""
         group = self._key_to_group.get(key)
-        if group is None:
+        if group is None or self._is_buried(key, group):
             return b""
         if group.encoded is None:
             group.encoded = encode_labels(group.labels)
@@ -103,29 +97,41 @@ class Register:
         return self._expiries[0][0] if self._expiries else _NEVER
 
     def has_dead(self, now_s: float) -> bool:
-        """Whether anything has expired by now, or is doomed."""
-        return bool(self._doomed) or self.next_expiry <= now_s
+        """Whether anything has expired by now, or is being purged."""
+        return bool(self._tombstones) or self.next_expiry <= now_s
+
+    def first_end(self, keys: Iterable[BlockKey]) -> float:
+        """When the first of the known blocks among these is served no more; infinite for never."""
+        known = (self.get(key) for key in keys)
+        return min((labels.ends_at for labels in known if labels is not None), default=_NEVER)
 
     def dead(self, keys: Iterable[BlockKey], now_s: float) -> frozenset[BlockKey]:
-        """Those that have expired by now, or are doomed; at no cost while nothing is."""
+        """Those that have expired by now, or are being purged; at no cost while nothing is."""
         if not self.has_dead(now_s):
             return frozenset()
-        get, doomed = self._key_to_group.get, self._doomed
+        get = self._key_to_group.get
         return frozenset(
             key
             for key in keys
-            if key in doomed or ((group := get(key)) is not None and group.labels.ends_at <= now_s)
+            if (group := get(key)) is not None
+            and (group.labels.ends_at <= now_s or self._is_buried(key, group))
         )
 
-    def is_doomed(self, key: BlockKey) -> bool:
-        """Whether a block is to be forgotten, and was not computed anew since."""
-        return key in self._doomed
+    def is_buried(self, key: BlockKey) -> bool:
+        """Whether a block is being purged, and was not computed anew since."""
+        group = self._key_to_group.get(key)
+        return group is not None and self._is_buried(key, group)
 
-    def due(self, now_s: float) -> list[BlockKey]:
-        """All keys that have expired by now."""
+    def is_under(self, tombstone: Tombstone, key: BlockKey) -> bool:
+        """Whether a block is meant by this one."""
+        group = self._key_to_group.get(key)
+        return group is not None and tombstone.means(key, group)
+
+    def due(self, now_s: float) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
+        """Blocks that have expired by now, by labels."""
         if self.next_expiry > now_s:
-            return []
-        return [key for at, _, group in self._expiries if at <= now_s for key in group.keys]
+            return iter(())
+        return self._of([group for at, _, group in self._expiries if at <= now_s])
 
     def tagged(self, tag: str) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
         """Blocks with a tag, by labels."""
@@ -143,14 +149,30 @@ class Register:
         """Blocks of one tenant, by labels."""
         return self._of(self._namespace_to_groups.get(namespace, ()))
 
+    def of_keys(self, keys: Iterable[BlockKey]) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
+        """Those of these blocks that have labels, one by one."""
+        tombstones = list(self._tombstones)
+        groups = ((key, self._key_to_group.get(key)) for key in keys)
+        return (
+            (group.labels, (key,))
+            for key, group in groups
+            if group is not None and not any(one.means(key, group) for one in tombstones)
+        )
+
     def all(self) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
         """All blocks, by labels."""
         return self._of(self._labels_to_group.values())
 
-    def versions(self, tag: str) -> Collection[str]:
-        """All tags on blocks that are a version of the same name; none for a tag without version."""
+    def of_versions(
+        self, namespaces: Iterable[BlockKey] | None, tag: str
+    ) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
+        """Blocks of tenants (all of them) with a version of the same name as `tag`, by labels."""
         name = versioned_name(tag)
-        return () if name is None else self._name_to_tags.get(name, ())
+        roots = self._namespace_to_groups if namespaces is None else namespaces
+        places = () if name is None else [(root, name) for root in roots]
+        return self._of(
+            [group for place in places for group in self._versions_to_groups.get(place, ())]
+        )
 
     @property
     def sessions(self) -> Collection[SessionId]:
@@ -177,24 +199,53 @@ class Register:
         """
         if not keys:
             return []
-        if self._doomed:
-            self._doomed.difference_update(keys)
         get = self._key_to_group.get
         groups = [get(key) for key in keys]
+        if self._tombstones:
+            # What is being purged has no labels to go on from.
+            groups = [
+                None if group is not None and self._is_buried(key, group) else group
+                for key, group in zip(keys, groups, strict=True)
+            ]
         first = groups[0]
         if groups.count(first) == len(groups):
             return self._move(keys, first, change)
-        by_group: dict[_Group | None, list[BlockKey]] = {}
+        by_group: dict[LabelGroup | None, list[BlockKey]] = {}
         for key, group in zip(keys, groups, strict=True):
             by_group.setdefault(group, []).append(key)
         return [one for group, own in by_group.items() for one in self._move(own, group, change)]
 
-    def forget(self, keys: Iterable[BlockKey]) -> None:
+    def forget(self, keys: Collection[BlockKey]) -> None:
         """Take blocks out; those that are not there are no matter."""
+        self._take_out(keys)
+        for key in keys:
+            self._key_to_used.pop(key, None)
+
+    def number(self, tombstone: Tombstone) -> None:
+        """Let a tombstone mean what fits it now, and nothing that is labelled later."""
+        self._num_numbered += 1
+        tombstone.number = self._num_numbered
+
+    def bury(self, tombstone: Tombstone) -> None:
+        """From now on what the tombstone means has no labels; the blocks are to be taken out by `forget`."""
+        self.number(tombstone)
+        self._tombstones.append(tombstone)
+
+    def lift(self, tombstone: Tombstone) -> None:
+        """All that the tombstone means has been taken out."""
+        self._tombstones.remove(tombstone)
+
+    def _of(self, groups: Iterable[LabelGroup]) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
+        """What groups hold that are there now, without what is being purged now."""
+        return _unburied(list(groups), list(self._tombstones))
+
+    def _is_buried(self, key: BlockKey, group: LabelGroup) -> bool:
+        return any(one.means(key, group) for one in self._tombstones)
+
+    def _take_out(self, keys: Iterable[BlockKey]) -> None:
         emptied = set()
         for key in keys:
             group = self._key_to_group.pop(key, None)
-            self._key_to_used.pop(key, None)
             if group is not None:
                 group.keys.discard(key)
                 if not group.keys:
@@ -202,30 +253,21 @@ class Register:
         for group in emptied:
             self._remove(group)
 
-    def doom(self, keys: Collection[BlockKey]) -> None:
-        """Take blocks out that are still to be forgotten where they lie: `spare` them then."""
-        self.forget(keys)
-        self._doomed.update(keys)
-
-    def spare(self, keys: Iterable[BlockKey]) -> None:
-        """These are forgotten everywhere."""
-        self._doomed.difference_update(keys)
-
-    def _of(self, groups: Iterable[_Group]) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
-        for group in list(groups):
-            yield group.labels, group.keys
-
     def _move(
         self,
         keys: Sequence[BlockKey],
-        group: _Group | None,
+        group: LabelGroup | None,
         change: Callable[[Labels | None], Labels | None],
     ) -> list[Change]:
         old = None if group is None else group.labels
         new = change(old)
         if new is None or new == old:
             return []
-        target = self._labels_to_group.get(new) or self._add(new)
+        if group is None and self._tombstones:
+            self._take_out(keys)
+        target = self._labels_to_group.get(new)
+        if target is None or any(one.means_some_of(target) for one in self._tombstones):
+            target = self._add(new)
         target.keys.update(keys)
         self._key_to_group.update(dict.fromkeys(keys, target))
         if group is not None:
@@ -234,14 +276,14 @@ class Register:
                 self._remove(group)
         return [Change(old, new, keys)]
 
-    def _add(self, labels: Labels) -> _Group:
-        group = _Group(labels)
+    def _add(self, labels: Labels) -> LabelGroup:
+        self._num_numbered += 1
+        group = LabelGroup(labels, self._num_numbered)
         self._labels_to_group[labels] = group
         for tag in labels.tags:
             self._tag_to_groups.setdefault(tag, set()).add(group)
-            name = versioned_name(tag)
-            if name is not None:
-                self._name_to_tags.setdefault(name, set()).add(tag)
+        for name in versioned_names(labels.tags):
+            self._versions_to_groups.setdefault((labels.namespace, name), set()).add(group)
         for session in labels.sessions:
             name_of = SessionId(labels.namespace, session)
             self._session_to_groups.setdefault(name_of, set()).add(group)
@@ -256,18 +298,15 @@ class Register:
                 self._drop_stale()
         return group
 
-    def _remove(self, group: _Group) -> None:
+    def _remove(self, group: LabelGroup) -> None:
         """Take a group without keys out of everything but the heap."""
         labels = group.labels
-        del self._labels_to_group[labels]
+        if self._labels_to_group.get(labels) is group:
+            del self._labels_to_group[labels]
         for tag in labels.tags:
-            if _discard(self._tag_to_groups, tag, group):
-                name = versioned_name(tag)
-                if name is not None:
-                    tags = self._name_to_tags[name]
-                    tags.discard(tag)
-                    if not tags:
-                        del self._name_to_tags[name]
+            _discard(self._tag_to_groups, tag, group)
+        for name in versioned_names(labels.tags):
+            _discard(self._versions_to_groups, (labels.namespace, name), group)
         for session in labels.sessions:
             _discard(self._session_to_groups, SessionId(labels.namespace, session), group)
         for pin in labels.pins:
@@ -290,10 +329,11 @@ class Register:
         """What is wrong, in words; empty when all is well."""
         problems = []
         num_keys = 0
-        for labels, group in self._labels_to_group.items():
+        for group in {one for groups in self._namespace_to_groups.values() for one in groups}:
+            labels = group.labels
             num_keys += len(group.keys)
-            if group.labels != labels or not group.keys:
-                problems.append(f"the group of {labels} is empty or has other labels")
+            if not group.keys:
+                problems.append(f"the group of {labels} is empty")
             if any(self._key_to_group.get(key) is not group for key in group.keys):
                 problems.append(f"a key of {labels} is in another group")
             if any(group not in self._tag_to_groups.get(tag, ()) for tag in labels.tags):
@@ -303,11 +343,23 @@ class Register:
         return problems
 
 
+def _unburied(
+    groups: Sequence[LabelGroup], tombstones: Sequence[Tombstone]
+) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
+    for group in groups:
+        meaning = [one for one in tombstones if one.means_some_of(group)]
+        if not meaning:
+            yield group.labels, group.keys
+        elif all(one.fits_key for one in meaning):
+            keys = [key for key in group.keys if not any(one.means(key, group) for one in meaning)]
+            yield group.labels, keys
+
+
 def _is_marked(labels: Labels) -> bool:
     return bool(labels.pins) or labels.priority != DEFAULT_PRIORITY
 
 
-def _discard(index: dict[_Name, set[_Group]], name: _Name, group: _Group) -> bool:
+def _discard(index: dict[_Name, set[LabelGroup]], name: _Name, group: LabelGroup) -> bool:
     """Take a group from an index; whether it was the last of its name."""
     groups = index[name]
     groups.discard(group)

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 from kvkeep.cache.lifetimes.labels import Labels
 from kvkeep.cache.lifetimes.register import Register
+from kvkeep.cache.lifetimes.tombstones import Tombstone
+from kvkeep.cache.lifetimes.versions import outdated_tags
 from kvkeep.errors import ConfigError
 from kvkeep.spec import BlockKey
 
@@ -72,7 +75,8 @@ class Selector:
 class Query:
     """A selector at a point in time, so that it means the same blocks when a crash interrupted it.
 
-    None and empty sets leave all.
+    None and empty sets leave all. `versions` are tags with a version: blocks with another version of one of
+    their names are meant.
     """
 
     tags: frozenset[str] = frozenset()
@@ -83,12 +87,22 @@ class Query:
     used_before: float | None = None
     include_pinned: bool = False
     tiers: tuple[str, ...] | None = None
+    versions: frozenset[str] = frozenset()
+
+    @property
+    def means_tenants(self) -> bool:
+        """Whether all of some tenants is meant, or all there is; pins aside."""
+        whole = Query(
+            namespaces=self.namespaces, include_pinned=self.include_pinned, tiers=self.tiers
+        )
+        return self == whole
 
     def fits(self, labels: Labels) -> bool:
         """Whether blocks of these labels are meant, as far as labels tell; pinned ones are."""
         return (
             (not self.tags or not self.tags.isdisjoint(labels.tags))
             and (not self.sessions or self._is_of_sessions(labels))
+            and (not self.versions or bool(outdated_tags(self.versions, labels.tags)))
             and (self.namespaces is None or labels.namespace in self.namespaces)
             and (self.created_before is None or labels.created_at <= self.created_before)
         )
@@ -101,18 +115,42 @@ class Query:
     def _is_of_sessions(self, labels: Labels) -> bool:
         return bool(labels.sessions) and not labels.is_shared and labels.sessions <= self.sessions
 
+    def spares(self, labels: Labels) -> bool:
+        """Whether blocks of these labels would be meant were they not pinned."""
+        return bool(labels.pins) and not self.include_pinned and self.fits(labels)
+
+    def tombstone(self, register: Register, now_s: float) -> Tombstone:
+        """What of the register is meant at `now_s`; what has expired by then is gone already."""
+
+        def fits(labels: Labels) -> bool:
+            is_free = self.include_pinned or not labels.pins
+            return is_free and labels.ends_at > now_s and self.fits(labels)
+
+        is_whole = self.keys is None and self.used_before is None
+        return Tombstone(fits, None if is_whole else partial(self.fits_key, register))
+
+    def fits_key(self, register: Register, key: BlockKey) -> bool:
+        """Whether a block is meant, as far as its key and its last use tell."""
+        if self.keys is not None and key not in self.keys:
+            return False
+        used_at = register.used_at(key)
+        return self.used_before is None or used_at is None or used_at <= self.used_before
+
     def candidates(self, register: Register) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
-        """All blocks that may be meant, by labels; some may come twice."""
+        """All blocks that may be meant, of those that are known now, by labels; some may come twice."""
         if self.tags:
-            return chain.from_iterable(register.tagged(tag) for tag in self.tags)
+            return chain.from_iterable([register.tagged(tag) for tag in self.tags])
+        if self.versions:
+            return chain.from_iterable(
+                [register.of_versions(self.namespaces, tag) for tag in self.versions]
+            )
         if self.sessions:
             named = [one for one in register.sessions if one.name in self.sessions]
-            return chain.from_iterable(map(register.of_session, named))
+            return chain.from_iterable([register.of_session(one) for one in named])
         if self.namespaces is not None:
-            return chain.from_iterable(map(register.of_namespace, self.namespaces))
+            return chain.from_iterable([register.of_namespace(one) for one in self.namespaces])
         if self.keys is not None:
-            found = ((register.get(key), (key,)) for key in self.keys)
-            return ((labels, key) for labels, key in found if labels is not None)
+            return register.of_keys(self.keys)
         return register.all()
 
 
@@ -126,21 +164,12 @@ class Match:
 
 def match(query: Query, register: Register, now_s: float) -> Match:
     """The blocks of the register that a query means; what has expired by now is gone already."""
+    tombstone = query.tombstone(register, now_s)
     found: set[BlockKey] = set()
     pinned: set[BlockKey] = set()
     for labels, keys in query.candidates(register):
-        if labels.ends_at <= now_s or not query.fits(labels):
-            continue
-        target = pinned if labels.pins and not query.include_pinned else found
-        if query.keys is None and query.used_before is None:
-            target.update(keys)
-        else:
-            target.update(key for key in keys if _is_meant(query, register, key))
+        if tombstone.fits(labels):
+            found.update(filter(tombstone.fits_key, keys) if tombstone.fits_key else keys)
+        elif query.spares(labels):
+            pinned.update(filter(tombstone.fits_key, keys) if tombstone.fits_key else keys)
     return Match(frozenset(found), len(pinned))
-
-
-def _is_meant(query: Query, register: Register, key: BlockKey) -> bool:
-    if query.keys is not None and key not in query.keys:
-        return False
-    used_at = register.used_at(key)
-    return query.used_before is None or used_at is None or used_at <= query.used_before

@@ -1,8 +1,14 @@
 """Versioned tags, `name@version`: of each name only the newest holds."""
 
+from collections import OrderedDict
 from collections.abc import Iterable
 
-__all__ = ["outdated_tags", "versioned_name"]
+from kvkeep.spec import BlockKey
+
+__all__ = ["NewestVersions", "outdated_tags", "versioned_name", "versioned_names"]
+
+# Names whose newest version is remembered; one that is forgotten is looked for in tiers once more.
+_MOST_NAMES = 2**14
 
 
 def versioned_name(tag: str) -> str | None:
@@ -15,10 +21,40 @@ def versioned_name(tag: str) -> str | None:
     return name if mark and name and version else None
 
 
+def versioned_names(tags: Iterable[str]) -> frozenset[str]:
+    """The names of all tags that have a version."""
+    return frozenset(name for tag in tags if (name := versioned_name(tag)) is not None)
+
+
 def outdated_tags(claimed: Iterable[str], known: Iterable[str]) -> frozenset[str]:
     """Those of `known` that are another version of a name that is claimed with a version."""
     claimed = frozenset(claimed)
-    names = {name for tag in claimed if (name := versioned_name(tag)) is not None}
+    names = versioned_names(claimed)
     if not names:
         return frozenset()
     return frozenset(tag for tag in known if tag not in claimed and versioned_name(tag) in names)
+
+
+class NewestVersions:
+    """Which version of each tenant's names came last."""
+
+    def __init__(self) -> None:
+        self._name_to_tags: OrderedDict[tuple[BlockKey, str], frozenset[str]] = OrderedDict()
+
+    def arrive(self, namespace: BlockKey, tags: Iterable[str]) -> frozenset[str]:
+        """Note the versions among the tags of a request; returns those of names that had others last."""
+        name_to_tags: dict[str, set[str]] = {}
+        for tag in tags:
+            name = versioned_name(tag)
+            if name is not None:
+                name_to_tags.setdefault(name, set()).add(tag)
+        new: set[str] = set()
+        for name, versions in name_to_tags.items():
+            place = namespace, name
+            if self._name_to_tags.get(place) != frozenset(versions):
+                new |= versions
+                self._name_to_tags[place] = frozenset(versions)
+            self._name_to_tags.move_to_end(place)
+            if len(self._name_to_tags) > _MOST_NAMES:
+                self._name_to_tags.popitem(last=False)
+        return frozenset(new)

@@ -1,18 +1,35 @@
 """Where the server listens, who may use it, and its limits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
+from math import isfinite
 from pathlib import Path
 
+from kvkeep.config.durations import parse_duration
+from kvkeep.config.fields import field_kinds, value_from_text, value_from_toml
+from kvkeep.config.sizes import parse_bytes
+from kvkeep.config.warm import WarmPrompt
 from kvkeep.errors import ConfigError
 
-__all__ = ["MIN_KEY_CHARACTERS", "ServerSettings", "is_loopback"]
+__all__ = [
+    "MIN_KEY_CHARACTERS",
+    "SECRET_FIELDS",
+    "ServerSettings",
+    "is_loopback",
+    "server_kinds",
+    "server_value",
+]
 
 MIN_KEY_CHARACTERS = 8
 _LOG_FORMATS = ("text", "json")
 _METRICS_COMPAT = (None, "vllm")
 _MAX_PORT = 65535
+# Fields whose values nobody is shown.
+SECRET_FIELDS = ("api_keys", "admin_key")
+_WARM = "warm"
+# What a share of it would be a share of: there is nothing, so that the limit on it is as good as none.
+_ANY_TOTAL = 2**40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +71,8 @@ class ServerSettings:
     open_metrics: bool = False
     model_names: Sequence[str] = ()
     secret_file: Path | None = None
+    contexts_file: Path | None = None
+    warm: Sequence[WarmPrompt] = ()
     max_body_bytes: int = 16 * 2**20
     max_prompt_tokens: int | None = None
     max_queued: int = 256
@@ -122,6 +141,45 @@ class ServerSettings:
                 )
         if self.admin_key is not None and self.admin_key in self.api_keys:
             raise ConfigError("admin_key is one of api_keys; give it a key of its own, or none")
+
+
+def server_kinds() -> Mapping[str, tuple[object, ...]]:
+    """The fields that a table [server], variables and flags may give, and their types."""
+    return {name: kinds for name, kinds in field_kinds(ServerSettings).items() if name != _WARM}
+
+
+def server_value(
+    field: str, value: object, kinds: tuple[object, ...], *, is_text: bool = False
+) -> object:
+    """The value of a field as it is written: times as "30s", sizes as "16MB", keys with spaces between.
+
+    With `is_text` text stands for values of all types. Raises ConfigError, for keys without repeating them.
+    """
+    if field in SECRET_FIELDS:
+        return _secret(field, value)
+    if field.endswith("_s"):
+        seconds = parse_duration(field, value)
+        if not isfinite(seconds):
+            raise ConfigError(
+                f'{field}={value!r} has no end; give a long time instead, such as "30d"'
+            )
+        return seconds
+    if field.endswith("_bytes") and isinstance(value, str):
+        return parse_bytes(value, total_bytes=_ANY_TOTAL, field=field)
+    if is_text and isinstance(value, str):
+        return value_from_text(field, value, kinds)
+    return value_from_toml(field, value, kinds)
+
+
+def _secret(field: str, value: object) -> object:
+    if field == "api_keys":
+        keys = value.split() if isinstance(value, str) else value
+        if isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys):
+            return tuple(keys)
+        raise ConfigError("api_keys is no list of texts; write every key in quotes")
+    if value is None or isinstance(value, str):
+        return value
+    raise ConfigError(f"{field} is no text; write it in quotes")
 
 
 def is_loopback(host: str) -> bool:
