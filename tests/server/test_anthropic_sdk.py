@@ -286,7 +286,8 @@ def test_what_is_ignored_is_said_in_a_header(client: Anthropic) -> None:
 
 def test_the_cache_is_explained_to_who_asks(client: Anthropic) -> None:
     """The object of this server is beside the protocol's own fields, in a stream too."""
-    request = asked(body={"kv_cache": {"explain": True, "session": "s1", "ttl": "10m"}})
+    ends = {"explain": True, "session": "s1", "ttl": "10m"}
+    request = asked(system=f"Nobody else asks this. {SYSTEM}", body={"kv_cache": ends})
 
     message = client.messages.create(**request)
     last = list(client.messages.create(**request, stream=True))[-2]

@@ -1,10 +1,12 @@
 """`kvkeep serve`: a model over HTTP."""
 
+import gc
 import logging
 import resource
 import sys
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +22,11 @@ from kvkeep.cli.options import (
 )
 from kvkeep.cli.serve_options import server_flags, server_options, server_settings
 from kvkeep.cli.tier_options import load_given, tier_options, tiers_of
+from kvkeep.config.sources import LoadedSettings
+
+if TYPE_CHECKING:
+    from kvkeep.llm import LLM
+    from kvkeep.tiers import TierSettings
 
 __all__ = ["serve"]
 
@@ -53,11 +60,21 @@ def serve(**options: Any) -> None:
     from kvkeep.server.http_server import HttpServer
     from kvkeep.server.service import Service
 
-    load = partial(load_llm, options, loaded, tiers)
+    load = partial(_load_to_stay, options, loaded, tiers)
     service = Service(load, settings, model_id=options["model"])
     HttpServer(service, max_connections=_allow_files() - _OTHER_FILES).run()
     if service.failure is not None:
         raise service.failure
+
+
+def _load_to_stay(
+    options: dict[str, Any], loaded: LoadedSettings, tiers: "Sequence[TierSettings]"
+) -> "LLM":
+    """The model, set apart from garbage: a full collection, which every step waits for, passes it over."""
+    llm = load_llm(options, loaded, tiers)
+    gc.collect()
+    gc.freeze()
+    return llm
 
 
 def _allow_files() -> int:

@@ -90,7 +90,7 @@ class CallSyntax(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class HermesSyntax:
+class HermesSyntax(CallSyntax):
     """Every call in marks of its own."""
 
     marks: Sequence[str] = ("<tool_call>",)
@@ -120,7 +120,7 @@ class HermesSyntax:
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaSyntax:
+class LlamaSyntax(CallSyntax):
     """The answer is a call, with `parameters`. Templates take one in a message; models may write several."""
 
     marks: Sequence[str] = ("<|python_tag|>",)
@@ -149,7 +149,7 @@ class LlamaSyntax:
 
 
 @dataclass(frozen=True, slots=True)
-class MistralSyntax:
+class MistralSyntax(CallSyntax):
     """A list of calls behind one mark, or with `has_args` each call behind a mark, its name before `[ARGS]`.
 
     Both are read, whatever is written in a grammar.
