@@ -1,6 +1,7 @@
 """A purge of many blocks by tag: how long it takes, and what a batch that decodes beside it loses."""
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,15 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class _Purged:
-    """Seconds of a purge, and milliseconds of steps beside it and without one."""
+    """Seconds of a purge, and milliseconds of steps beside it and without one.
+
+    `collected_ms` is the longest collection of garbage by the interpreter meanwhile, which no thread escapes.
+    """
 
     seconds: float
     steps_ms: Sequence[float]
     usual_ms: float
+    collected_ms: float
 
     @property
     def longest_ms(self) -> float:
@@ -75,6 +80,8 @@ def measure(run: Run, settings: Settings) -> None:
     model = build_model(settings.shape, torch.bfloat16)
     with make_llm(model, num_tokens) as llm:
         check_mode(run, llm)
+        gc.collect()
+        gc.freeze()  # as a server does
         device = _rounds(run, settings, llm, settings.rounds)
     what = f"purge of {settings.blocks} blocks by tag"
     seconds = [one.seconds for one in device]
@@ -90,6 +97,9 @@ def measure(run: Run, settings: Settings) -> None:
     )
     usual = f"a step of {settings.batch} streams without a purge"
     run.add(usual, [one.usual_ms for one in device], "ms")
+    run.add(
+        f"{what}: the longest collection of garbage", [one.collected_ms for one in device], "ms"
+    )
     for kind in settings.tiers:
         with _tier(kind) as tier, make_llm(model, num_tokens, tiers=[tier]) as llm:
             for one in _rounds(run, settings, llm, 1):
@@ -97,6 +107,7 @@ def measure(run: Run, settings: Settings) -> None:
                 run.add(where, [one.seconds], "s")
                 run.add(f"{where}: the longest step is longer by", [one.longest_ms], "ms")
                 run.add(f"{where}: 99 of 100 are longer by", [one.nearly_longest_ms], "ms")
+                run.add(f"{where}: the longest collection of garbage", [one.collected_ms], "ms")
 
 
 @contextmanager
@@ -122,12 +133,14 @@ def _rounds(run: Run, settings: Settings, llm: LLM, rounds: int) -> list[_Purged
         options = CacheOptions(tags=(TagSpan(tag=_TAG),))
         _fill(llm, settings, settings.blocks, options, (run.seed, number))
         usual_ms = median(_steps_ms(batch, 40))
-        start = perf_counter()
-        purge = llm.cache.begin_purge(Selector(tags=(_TAG,)))
-        steps_ms = [1000 * (perf_counter() - start)]
-        while not purge.is_done:
-            steps_ms += _steps_ms(batch, 1)
-        found.append(_Purged(perf_counter() - start, steps_ms, usual_ms))
+        with _collections_ms() as collections_ms:
+            start = perf_counter()
+            purge = llm.cache.begin_purge(Selector(tags=(_TAG,)))
+            steps_ms = [1000 * (perf_counter() - start)]
+            while not purge.is_done:
+                steps_ms += _steps_ms(batch, 1)
+            seconds = perf_counter() - start
+        found.append(_Purged(seconds, steps_ms, usual_ms, max(collections_ms, default=0.0)))
         receipt = purge.receipt()
         run.check(
             "a purge forgets all blocks with the tag, and no other",
@@ -141,6 +154,26 @@ def _rounds(run: Run, settings: Settings, llm: LLM, rounds: int) -> list[_Purged
         )
     batch.close()
     return found
+
+
+@contextmanager
+def _collections_ms() -> Iterator[list[float]]:
+    """How long collections of garbage take while this is entered."""
+    found: list[float] = []
+    start_s = perf_counter()
+
+    def note(phase: str, _info: Mapping[str, int]) -> None:
+        nonlocal start_s
+        if phase == "start":
+            start_s = perf_counter()
+        else:
+            found.append(1000 * (perf_counter() - start_s))
+
+    gc.callbacks.append(note)
+    try:
+        yield found
+    finally:
+        gc.callbacks.remove(note)
 
 
 def _steps_ms(batch: EngineSteps, count: int) -> list[float]:
