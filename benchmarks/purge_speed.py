@@ -149,8 +149,8 @@ def _rounds(run: Run, settings: Settings, llm: LLM, rounds: int) -> list[_Purged
             and len(receipt.stored) == len(_tiers(llm))
             and llm.cache.purge(Selector(tags=(_TAG,)), dry_run=True).matched == 0
             and _num_known(llm, settings, run.seed) == settings.others,
-            found=f"{receipt.deleted} blocks, {receipt.stored} objects, "
-            f"{settings.others} others are still there",
+            found=f"{receipt.deleted} blocks, {receipt.stored} objects, not reached: "
+            f"{receipt.not_reached}, {settings.others} others are still there",
         )
     batch.close()
     return found

@@ -150,3 +150,16 @@ def _keys(groups: object) -> set[BlockKey]:
 def test_the_register_is_a_dict_with_more_ways_in() -> None:
     """Whatever is put, changed and forgotten, every index finds exactly the blocks that a scan would."""
     run_state_machine_as_test(RegisterMachine, settings=settings(stateful_step_count=40))
+
+
+def test_blocks_beside_those_of_a_purge_are_found_when_younger_ones_have_their_labels() -> None:
+    """A purge of one key splits what has equal labels in two: both parts are found."""
+    meant, spared, younger = KEYS[:3]
+    labels = Labels(namespace=ROOTS[0], created_at=1.0)
+    register = Register()
+    register.update([meant, spared], lambda _: labels)
+    register.bury(Tombstone(lambda _: True, {meant}.__contains__))
+
+    register.update([younger], lambda _: labels)
+
+    assert _keys(register.all()) == {spared, younger}

@@ -161,7 +161,7 @@ class Register:
 
     def all(self) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
         """All blocks, by labels."""
-        return self._of(self._labels_to_group.values())
+        return self._of([one for groups in self._namespace_to_groups.values() for one in groups])
 
     def of_versions(
         self, namespaces: Iterable[BlockKey] | None, tag: str
