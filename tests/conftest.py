@@ -19,7 +19,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from tests.machine_limits import num_usable_bytes, num_usable_cores
+from tests.machine_limits import num_usable_cores
 
 # Each loads torch and models of its own.
 _WORKER_BYTES = 2 * 2**30
@@ -92,7 +92,9 @@ def _fixed_seeds() -> None:
 
 def pytest_xdist_auto_num_workers() -> int:
     """A worker for each core, as far as there is memory for them."""
-    return max(1, min(num_usable_cores(), num_usable_bytes() // _WORKER_BYTES))
+    from kvkeep.tiers.settings import machine_memory_bytes
+
+    return max(1, min(num_usable_cores(), machine_memory_bytes() // _WORKER_BYTES))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

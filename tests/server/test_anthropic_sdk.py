@@ -151,6 +151,7 @@ def test_marks_do_not_change_the_prompt(client: Anthropic) -> None:
 
 def test_a_stream_adds_up_to_the_message(client: Anthropic, answer: str) -> None:
     """The SDK's own adding up gives what comes without a stream, counts included."""
+    client.messages.create(**asked())  # what both read then
     whole = client.messages.create(**asked())
     with client.messages.stream(**asked()) as stream:
         text = "".join(stream.text_stream)

@@ -253,3 +253,29 @@ def test_a_session_that_ended_while_nobody_ran_ends_at_the_start(
 
     assert [one.name for one in again.admin.sessions()] == ["used"]
     assert all(again.known(prompt(1)) + again.known(prompt(2)))
+
+
+@pytest.mark.parametrize("is_session", [False, True])
+def test_what_a_purge_means_while_labels_are_read_is_in_its_receipt(
+    machines: Machines, tmp_path: Path, is_session: bool
+) -> None:
+    """Right after a start: who reads the labels leaves to the purge what the purge means."""
+    before = machines.start(disk(tmp_path))
+    before.serve(prompt(1), CacheOptions(session="a", tags=["t"]))
+    before.serve(prompt(2), CacheOptions())
+    before.cache.close()
+    machines.clock.now_s += 1
+
+    again = machines.start(disk(tmp_path))
+    assert again.below is not None
+    again.below.wait(10.0)
+    if is_session:
+        purge = again.admin.purges.close_session(again.session_id("a"))
+    else:
+        purge = again.admin.purges.begin(again.query(tags=("t",)))
+    receipt = purge.wait()
+    quiet(again)
+
+    assert (receipt.matched, receipt.deleted, receipt.stored) == (3, 3, {"disk": 3})
+    assert again.known(prompt(2)) == [True] * 3
+    assert len(list(again.below.stack.tiers[0].objects())) == 3

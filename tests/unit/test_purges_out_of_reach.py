@@ -1,15 +1,16 @@
 """What a tier could not delete when it was purged does not come back: not later, and not after a restart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kvkeep.config import CacheOptions
 from kvkeep.testing.faulty_tier import Fault, FaultyTier
-from kvkeep.tiers.base import Tier
+from kvkeep.tiers.base import Labelled, Tier
 from kvkeep.tiers.host import HostTier
 from kvkeep.tiers.resp import RespTier
+from kvkeep.tiers.wrapper import TierWrapper
 from tests.lifetime_books import Clock
 from tests.lifetime_cache import MANY, LifetimeCache, disk
 from tests.servers import RedisServer
@@ -20,6 +21,17 @@ OTHERS = 70
 # As a server that nobody reaches: nothing is deleted, and nothing found.
 DOWN = [Fault("fail", of, probability=1.0) for of in ("delete", "find", "get")]
 DEAF = [*DOWN, Fault("fail", "relabel", probability=1.0)]
+
+
+class Unlisted(TierWrapper):
+    """A tier that does not say what it has, until it does."""
+
+    is_silent = True
+
+    def labelled(self) -> Iterator[Labelled]:
+        if self.is_silent:
+            raise TimeoutError(self.name)
+        return super().labelled()
 
 
 def by_tag(one: LifetimeCache) -> tuple[str, ...]:
@@ -49,7 +61,7 @@ def ask_again(one: LifetimeCache) -> None:
     """Have tiers that did not answer told now."""
     assert one.below is not None
     deletions = one.below.deletions
-    deletions.retry_s = deletions.searches.retry_s = 0.0
+    deletions.retry_s = 0.0
     for left in deletions._left:
         left.retry_at = 0.0
     deletions.searches._retry_at = 0.0
@@ -154,3 +166,23 @@ def test_what_two_sessions_shared_goes_though_no_tier_heard_of_either(tmp_path: 
 
         assert num_computed(second) == len(PROMPT) + 1
         second.cache.close()
+
+
+def test_a_tier_that_did_not_say_what_it_has_is_looked_through_once_it_does() -> None:
+    """It has blocks of another machine, of which nothing is known here."""
+    inner, clock = HostTier(MANY), Clock()
+    other = computed_below([inner], clock)
+    tier = Unlisted(inner)
+    one = LifetimeCache(clock, tiers=[tier], before=other)
+    purge = one.admin.purges.begin(one.query(tags=("gone",)))
+
+    assert purge.wait().not_reached == (tier.name,)
+    ask_again(one)
+    assert purge.receipt().not_reached == (tier.name,)
+    tier.is_silent = False
+    ask_again(one)
+    receipt = purge.receipt()
+    assert (receipt.not_reached, receipt.deleted) == ((), 3)
+    assert not list(tier.objects())
+    other.cache.close()
+    one.cache.close()

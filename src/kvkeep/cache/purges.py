@@ -82,9 +82,11 @@ class Purges:
         self._below = below
         self._leases = leases
         self._journal = open_journal(below)
-        self._restoring = None if below is None else Restoring(self._lifetimes, below)
         self._expiring: Forgotten | None = None
         unfinished = [] if self._journal is None else self._journal.unfinished()
+        self._restoring = None
+        if below is not None:
+            self._restoring = Restoring(self._lifetimes, below, ends_purges=bool(unfinished))
         for one in unfinished:
             self._resume(one)
         if unfinished:
@@ -224,12 +226,15 @@ class Purges:
         def end(missed: Sequence[int]) -> None:
             for at in missed:
                 deletion.leave(tiers[at].name)
-                searches.add_left(replace(search, among=(at,), on_done=partial(end_left, at)))
+                look_again(at)
             deletion.end_job()
+
+        def look_again(at: int) -> None:
+            searches.add_left(replace(search, among=(at,), on_done=partial(end_left, at)))
 
         def end_left(at: int, missed: Sequence[int]) -> None:
             if missed:
-                searches.add_left(replace(search, among=(at,), on_done=partial(end_left, at)))
+                look_again(at)
             else:
                 deletion.end_left(tiers[at].name)
 

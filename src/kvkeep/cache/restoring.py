@@ -47,9 +47,13 @@ def open_journal(below: Hierarchy | None) -> PurgeJournal | None:
 
 
 class Restoring:
-    """Reads labels on a thread of its own; the register gets them in `Hierarchy.poll`."""
+    """Reads labels on a thread of its own; the register gets them in `Hierarchy.poll`.
 
-    def __init__(self, lifetimes: Lifetimes, below: Hierarchy) -> None:
+    With `ends_purges` what purges mean that go on is deleted; otherwise it is left to them, who count it.
+    """
+
+    def __init__(self, lifetimes: Lifetimes, below: Hierarchy, *, ends_purges: bool) -> None:
+        self._ends_purges = ends_purges
         self._lifetimes = lifetimes
         self._below = below
         self._tiers = [
@@ -101,6 +105,8 @@ class Restoring:
         for stored, _, labels in batch:
             key = BlockKey(stored[:-1])
             if self._below.deletions.is_doomed(stored):
+                continue
+            if not self._ends_purges and self._lifetimes.is_being_purged(key, labels):
                 continue
             if not self._lifetimes.restore(key, labels):
                 dead.append(stored)

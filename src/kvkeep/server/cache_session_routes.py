@@ -90,13 +90,12 @@ def _add_change(router: APIRouter) -> None:
         salt: str | None = None,
     ) -> dict[str, Any]:
         """Let a session end so long after its last use."""
-        known = session_of(session_id, scope.salt(salt))
+        own = scope.salt(salt)
 
         def order(llm: LLM) -> SessionReport:
-            known(llm)
-            return llm.cache.change_session(session_id, ttl=asked.ttl, salt=scope.salt(salt))
+            return llm.cache.change_session(session_id, ttl=asked.ttl, salt=own)
 
-        return session_fields(await service.call(order))
+        return await _ordered(service, session_id, own, order)
 
 
 def _add_orders(router: APIRouter) -> None:
@@ -125,13 +124,25 @@ def _add_orders(router: APIRouter) -> None:
         salt: str | None = None,
     ) -> dict[str, Any]:
         """Begin another session that uses all that this one does."""
-        known = session_of(session_id, scope.salt(salt))
+        own = scope.salt(salt)
 
         def order(llm: LLM) -> SessionReport:
-            known(llm)
-            return llm.cache.fork_session(session_id, asked.session, salt=scope.salt(salt))
+            return llm.cache.fork_session(session_id, asked.session, salt=own)
 
-        return session_fields(await service.call(order))
+        return await _ordered(service, session_id, own, order)
+
+
+async def _ordered(
+    service: Service, session_id: str, salt: str | None, order: Callable[[LLM], SessionReport]
+) -> dict[str, Any]:
+    """Carry out an order for a session that there is. Raises ApiError 404 where there is none."""
+    known = session_of(session_id, salt)
+
+    def carry_out(llm: LLM) -> SessionReport:
+        known(llm)
+        return order(llm)
+
+    return session_fields(await service.call(carry_out))
 
 
 def _add_files(router: APIRouter) -> None:

@@ -15,6 +15,7 @@ from tempfile import NamedTemporaryFile
 
 import msgspec
 
+from kvkeep.cache.lifetimes.appended_line import append_line
 from kvkeep.server.cache_contexts import Context
 
 __all__ = ["ContextFile"]
@@ -127,12 +128,7 @@ class ContextFile:
     def _append(self, line: _Line) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            try:
-                # A line of its own also behind one that was cut off.
-                os.write(fd, b"\n" + msgspec.json.encode(line) + b"\n")
-            finally:
-                os.close(fd)
+            append_line(self._path, msgspec.json.encode(line))
             self._num_lines += 1
             if self._num_lines > 2 * self._num_known + _FEWEST_STALE:
                 self._write_anew()

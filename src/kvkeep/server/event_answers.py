@@ -12,11 +12,11 @@ from starlette.responses import Response
 
 from kvkeep.cache import Receipt
 from kvkeep.engine import Piece
-from kvkeep.server.cache_report import cache_headers
 from kvkeep.server.call_syntax import CallSyntax
 from kvkeep.server.disconnect import unless_disconnected
 from kvkeep.server.errors import ApiError, api_error
 from kvkeep.server.job_events import JobEvents, StreamWriter
+from kvkeep.server.json_answer import json_answer
 from kvkeep.server.model_profile import ModelProfile
 from kvkeep.server.openai_output import Json, batches_of
 from kvkeep.server.service import Job, JobStream, Service
@@ -96,12 +96,8 @@ async def send_answer(
             )
         whole = _last_receipt(prepared.answer, stream, keep_alive_s)
         receipt = await unless_disconnected(request.receive, whole)
-        headers = cache_headers([receipt], prepared.profile.block_size)
-        return Response(
-            msgspec.json.encode(prepared.answer.result()),
-            media_type="application/json",
-            headers={**headers, **prepared.headers},
-        )
+        size = prepared.profile.block_size
+        return json_answer(prepared.answer.result(), [receipt], size, prepared.headers)
 
 
 async def _last_receipt(answer: EventAnswer, stream: JobStream, keep_alive_s: float) -> Receipt:

@@ -2,24 +2,24 @@
 
 from contextlib import AsyncExitStack
 
-import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
 from kvkeep.cache import Receipt
 from kvkeep.engine import Piece
 from kvkeep.server.auth import Tenant
-from kvkeep.server.cache_report import cache_headers
 from kvkeep.server.disconnect import unless_disconnected
-from kvkeep.server.job_events import JobEvents, StreamWriter
+from kvkeep.server.job_events import JobEvents
 from kvkeep.server.jobs import JobStream
+from kvkeep.server.json_answer import json_answer
 from kvkeep.server.model_profile import ModelProfile
 from kvkeep.server.openai_chat_job import Chat, prepared_chat
 from kvkeep.server.openai_chat_output import AnswerStyle, ChatOutput, MessageFold
-from kvkeep.server.openai_output import ChunkWriter, Json, batches_of, late_error
+from kvkeep.server.openai_chunks import ChunkStream, ChunkWriter
+from kvkeep.server.openai_output import Json, batches_of
 from kvkeep.server.openai_schemas import ChatRequest
 from kvkeep.server.service import Service
-from kvkeep.server.sse import DONE, KEEP_ALIVE
+from kvkeep.server.sse import DONE
 
 __all__ = ["answer_chat"]
 
@@ -59,28 +59,19 @@ async def _whole(chat: Chat, stream: JobStream, keep_alive_s: float) -> Response
     body["choices"] = [folds[number].choice(chat.style) for number in sorted(folds)]
     if chat.style.has_token_ids:
         body["prompt_token_ids"] = list(chat.job.prompt_ids)
-    headers = cache_headers([receipt], chat.profile.block_size)
-    return Response(
-        msgspec.json.encode(body | chat.usage(receipt)),
-        media_type="application/json",
-        headers=headers | chat.fields.warnings.headers(),
-    )
+    warnings = chat.fields.warnings.headers()
+    return json_answer(body | chat.usage(receipt), [receipt], chat.profile.block_size, warnings)
 
 
-class _ChatStream(StreamWriter):
+class _ChatStream(ChunkStream):
     """The outputs of a chat as chunks."""
 
-    keep_alive = KEEP_ALIVE
-
     def __init__(self, chat: Chat, path: str) -> None:
+        super().__init__(path)
         self._chat = chat
-        self._path = path
         head = chat.head("chat.completion.chunk")
         self._chunks = ChunkWriter(head, len(chat.job.prompt_ids), chat.body.stream_options)
         self._outputs: dict[int, ChatOutput] = {}
-
-    def start(self) -> bytes:
-        return b""
 
     def take(self, piece: Piece, number: int) -> bytes:
         chunks = self._chunks.of_piece(piece, _take(self._outputs, self._chat.style, piece))
@@ -88,9 +79,6 @@ class _ChatStream(StreamWriter):
 
     def finish(self) -> bytes:
         return DONE
-
-    def fail(self, error: Exception) -> bytes:
-        return late_error(self._path, error) + DONE
 
     def _last(self, receipt: Receipt) -> bytes:
         return self._chunks.last(self._chat.usage(receipt))

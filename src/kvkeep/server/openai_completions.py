@@ -6,7 +6,6 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
-import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
@@ -16,20 +15,22 @@ from kvkeep.engine import Piece
 from kvkeep.errors import RequestError
 from kvkeep.server.auth import Tenant
 from kvkeep.server.cache_fields import CacheFields, read_cache_fields
-from kvkeep.server.cache_report import cache_headers, usage_fields, written_tokens
+from kvkeep.server.cache_report import usage_fields, written_tokens
 from kvkeep.server.disconnect import unless_disconnected
-from kvkeep.server.job_events import JobEvents, StreamWriter
+from kvkeep.server.job_events import JobEvents
 from kvkeep.server.jobs import Job, JobStream
+from kvkeep.server.json_answer import json_answer
 from kvkeep.server.model_profile import ModelProfile
+from kvkeep.server.openai_chunks import ChunkStream, ChunkWriter
 from kvkeep.server.openai_completion_output import CompletionFold, CompletionOutput, TextStyle
-from kvkeep.server.openai_output import ChunkWriter, Head, Json, late_error
+from kvkeep.server.openai_output import Head, Json
 from kvkeep.server.openai_pieces import arrivals_of
 from kvkeep.server.openai_schemas import CompletionRequest
 from kvkeep.server.preparing import output_room, prepared_job, report_of
 from kvkeep.server.prompts import EncodedPrompt
 from kvkeep.server.sampling_fields import refuse_unsupported, sampling_params
 from kvkeep.server.service import Service
-from kvkeep.server.sse import DONE, KEEP_ALIVE
+from kvkeep.server.sse import DONE
 
 __all__ = ["answer_completion"]
 
@@ -211,38 +212,26 @@ async def _whole(
     receipts = outputs.receipts()
     body = completion.head.fields()
     body["choices"] = [folds[index].choice() for index in sorted(folds)]
-    headers = cache_headers(receipts, completion.profile.block_size)
-    return Response(
-        msgspec.json.encode(body | completion.usage(receipts)),
-        media_type="application/json",
-        headers=headers | completion.fields.warnings.headers(),
-    )
+    warnings, size = completion.fields.warnings.headers(), completion.profile.block_size
+    return json_answer(body | completion.usage(receipts), receipts, size, warnings)
 
 
-class _CompletionStream(StreamWriter):
+class _CompletionStream(ChunkStream):
     """The outputs of all prompts as chunks."""
 
-    keep_alive = KEEP_ALIVE
-
     def __init__(self, completion: _Completion, path: str) -> None:
+        super().__init__(path)
         self._completion = completion
-        self._path = path
         self._outputs = _Outputs(completion)
         num_prompt = sum(len(job.prompt_ids) for job in completion.jobs)
         options = completion.body.stream_options
         self._chunks = ChunkWriter(completion.head, num_prompt, options)
-
-    def start(self) -> bytes:
-        return b""
 
     def take(self, piece: Piece, number: int) -> bytes:
         return self._chunks.of_piece(piece, [self._outputs.take(piece, number)])
 
     def finish(self) -> bytes:
         return self._chunks.last(self._completion.usage(self._outputs.receipts())) + DONE
-
-    def fail(self, error: Exception) -> bytes:
-        return late_error(self._path, error) + DONE
 
 
 class _Outputs:

@@ -25,7 +25,15 @@ from kvkeep.tiers.objects import ObjectTier
 from kvkeep.tiers.resp import RespTier
 from kvkeep.tiers.resp_url import RESP_SCHEMES, hide_password, parse_resp_url
 
-__all__ = ["OBJECT_SCHEMES", "REMOTE_SCHEMES", "Disk", "Host", "Remote", "TierSettings"]
+__all__ = [
+    "OBJECT_SCHEMES",
+    "REMOTE_SCHEMES",
+    "Disk",
+    "Host",
+    "Remote",
+    "TierSettings",
+    "machine_memory_bytes",
+]
 
 OBJECT_SCHEMES = ("s3",)
 REMOTE_SCHEMES = (*RESP_SCHEMES, *OBJECT_SCHEMES)
@@ -82,7 +90,7 @@ class Host:
 
     def open(self, name: str | None = None) -> Tier:
         """Allocate it."""
-        capacity = parse_bytes(self.capacity, total_bytes=_memory_bytes())
+        capacity = parse_bytes(self.capacity, total_bytes=machine_memory_bytes())
         return HostTier(capacity, policy=self.policy, name=name or self.name or self.kind)
 
 
@@ -254,7 +262,7 @@ def _check_positive(name: str, value: object) -> None:
         )
 
 
-def _memory_bytes() -> int:
+def machine_memory_bytes() -> int:
     """Memory of the machine, or of the container where that has less."""
     total: int = psutil.virtual_memory().total
     try:

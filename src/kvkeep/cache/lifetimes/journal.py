@@ -20,6 +20,7 @@ from uuid import uuid4
 
 import msgspec
 
+from kvkeep.cache.lifetimes.appended_line import append_line
 from kvkeep.cache.lifetimes.selector import Query
 from kvkeep.spec import StoredKey
 
@@ -142,13 +143,8 @@ class PurgeJournal:
 
     def _append(self, line: _Line) -> None:
         try:
-            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            try:
-                # A line of its own also behind one that was cut off.
-                os.write(fd, b"\n" + msgspec.json.encode(line) + b"\n")
-                self._is_synced = False
-            finally:
-                os.close(fd)
+            append_line(self._path, msgspec.json.encode(line))
+            self._is_synced = False
             if not self._num_open and self._path.stat().st_size > _MOST_BYTES:
                 self._start_anew()
         except OSError as error:

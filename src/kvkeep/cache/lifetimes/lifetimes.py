@@ -256,6 +256,11 @@ class Lifetimes:
         arrival = self.arrive(key, labels.namespace, encoded, is_used=False)
         return arrival.is_alive or not arrival.is_final
 
+    def is_being_purged(self, key: BlockKey, encoded: bytes) -> bool:
+        """Whether a block in a tier, with these labels or b"", is left to a purge that goes on."""
+        labels = decode_labels(encoded) if encoded else None
+        return labels is not None and self.purged.is_under_way(key, labels)
+
     # --- sessions ----------------------------------------------------------------------------------
 
     def end_session(self, session_id: SessionId) -> list[Change]:

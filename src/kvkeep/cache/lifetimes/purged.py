@@ -32,6 +32,10 @@ class Purged:
         self._going_on.remove(bounded)
         self._over.append(bounded)
 
+    def is_under_way(self, key: BlockKey, labels: Labels) -> bool:
+        """Whether a purge that goes on means a block: it looks for that itself, and counts it."""
+        return any(one.means(key, labels) for one in self._going_on)
+
     def means(self, key: BlockKey, labels: Labels) -> bool:
         """Whether a block that is not known here was purged."""
         return any(one.means(key, labels) for one in (*self._going_on, *self._over))
