@@ -6,8 +6,6 @@ labels, their number. Small letters come before, capital ones after.
 
 import os
 import random
-import signal
-import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +13,7 @@ from kvkeep.spec import StoredKey
 from kvkeep.testing.tier_contents import content_of, cut, key_of, read_object
 from kvkeep.tiers.base import Miss, PutOutcome
 from kvkeep.tiers.disk import DiskTier
+from tests.faults.forked import fork_workers
 
 NUM_KEYS = 120
 _MOST_BYTES = 40_000
@@ -89,16 +88,5 @@ def work(folder: str, capacity_bytes: str, num_threads: str, seed: str, log_path
             running.result()
 
 
-def main() -> None:
-    """Fork a worker for each line of standard input, and answer with its process id."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries them
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            work(*line.rstrip("\n").split("\t"))
-        sys.stdout.write(f"{pid}\n")
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    main()
+    fork_workers(work)

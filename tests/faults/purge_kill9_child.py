@@ -5,14 +5,13 @@ and "P" before and after the purge has begun, "R" and two numbers, blocks and ob
 """
 
 import os
-import signal
-import sys
 import traceback
 from hashlib import blake2b
 from pathlib import Path
 from time import sleep, time
 
 from kvkeep.config import CacheOptions
+from tests.faults.forked import fork_workers
 from tests.lifetime_books import Clock
 from tests.lifetime_cache import LifetimeCache, disk
 
@@ -81,16 +80,5 @@ def work(folder: str, number: str, log_path: str) -> None:
         os._exit(1)
 
 
-def main() -> None:
-    """Fork a worker for each line of standard input, and answer with its process id."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries them
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            work(*line.rstrip("\n").split("\t"))
-        sys.stdout.write(f"{pid}\n")
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    main()
+    fork_workers(work)

@@ -2,26 +2,31 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from kvkeep import LLM, CapacityError, RequestError
-from kvkeep.config import CacheOptions, SamplingParams
-from kvkeep.engine import Engine, FinishReason, Piece
+from kvkeep.config import SamplingParams
+from kvkeep.engine import FinishReason, Piece
 from kvkeep.engine.async_engine import AsyncEngine, EngineDownError, Submission
 from kvkeep.scheduling import Scheduler, StepPlan
-
-T = TypeVar("T")
+from tests.async_engines import (
+    GREEDY,
+    LONG,
+    NO_OPTIONS,
+    SOON_S,
+    open_leases,
+    pieces_of,
+    run,
+    started,
+    tokens_of,
+    until,
+)
 
 _POISON = 2999  # a token that makes the model fail, where a test asks for it
-_GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
-_LONG = SamplingParams(max_tokens=4000, temperature=0, ignore_eos=True)
-_NO_OPTIONS = CacheOptions()
-_SOON_S = 20.0
 
 
 @pytest.fixture
@@ -31,59 +36,10 @@ def llm() -> Iterator[LLM]:
         yield found
 
 
-def run(work: Callable[[], Awaitable[T]]) -> T:
-    """Run a test's coroutine; a hang is a failure."""
-
-    async def timed() -> T:
-        async with asyncio.timeout(60):
-            return await work()
-
-    return asyncio.run(timed())
-
-
-@asynccontextmanager
-async def started(llm: LLM) -> AsyncIterator[AsyncEngine]:
-    """An engine that is started, and stopped behind the block."""
-    engine = AsyncEngine(llm.engine)
-    await engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.close()
-
-
-async def pieces_of(
-    engine: AsyncEngine, ids: Sequence[int], params: SamplingParams = _GREEDY
-) -> list[Piece]:
-    """All pieces of one request."""
-    async with engine.submit(ids, params, _NO_OPTIONS) as submission:
-        return [piece async for piece in submission]
-
-
-def tokens_of(pieces: Sequence[Piece]) -> list[int]:
-    """The tokens of a request with one output."""
-    return [token for piece in pieces for token in piece.token_ids]
-
-
-async def until(holds: Callable[[], object], what: str) -> None:
-    """Wait on the loop until it holds."""
-    try:
-        async with asyncio.timeout(_SOON_S):
-            while not holds():  # noqa: ASYNC110  nothing tells when it does
-                await asyncio.sleep(0.005)
-    except TimeoutError:
-        pytest.fail(f"not within {_SOON_S:g} s: {what}")
-
-
-def open_leases(engine: Engine) -> int:
-    """Leases of requests that run."""
-    return engine.cache.stats().open_leases
-
-
 def test_concurrent_requests_get_the_tokens_of_the_engine_alone(llm: LLM) -> None:
     """Eight streams at once give what `generate` gives, in order, none lost, none twice."""
     prompts = [list(range(10 + at, 90 + 3 * at)) for at in range(8)]
-    expected = [output.token_ids for output in llm.generate(prompts, _GREEDY)]
+    expected = [output.token_ids for output in llm.generate(prompts, GREEDY)]
     llm.cache.clear()
 
     async def work() -> list[list[Piece]]:
@@ -104,7 +60,7 @@ def test_leaving_aborts_within_a_step_and_keeps_finished_blocks(llm: LLM) -> Non
 
     async def work() -> None:
         async with started(llm) as engine:
-            async with engine.submit(ids, _LONG, _NO_OPTIONS) as submission:
+            async with engine.submit(ids, LONG, NO_OPTIONS) as submission:
                 await anext(submission)
                 assert await engine.call(open_leases) == 1
                 assert engine.num_open == 1
@@ -123,7 +79,7 @@ def test_cancelling_a_task_ends_its_request(llm: LLM) -> None:
 
     async def work() -> None:
         async with started(llm) as engine:
-            task = asyncio.create_task(pieces_of(engine, list(range(50, 90)), _LONG))
+            task = asyncio.create_task(pieces_of(engine, list(range(50, 90)), LONG))
             await until(lambda: engine.num_running == 1, "it runs")
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -145,7 +101,7 @@ def test_cancelled_waits_lose_no_piece(llm: LLM) -> None:
         num_cancelled = 0
         async with (
             started(llm) as engine,
-            engine.submit(ids, params, _NO_OPTIONS) as submission,
+            engine.submit(ids, params, NO_OPTIONS) as submission,
         ):
             while True:
                 try:
@@ -166,9 +122,9 @@ def test_ready_says_whether_a_piece_is_there(llm: LLM) -> None:
     async def work() -> None:
         async with (
             started(llm) as engine,
-            engine.submit(list(range(9, 50)), _GREEDY, _NO_OPTIONS) as submission,
+            engine.submit(list(range(9, 50)), GREEDY, NO_OPTIONS) as submission,
         ):
-            assert await submission.ready(_SOON_S)
+            assert await submission.ready(SOON_S)
             assert await submission.ready(0)
             assert len([piece async for piece in submission]) == 12
             assert await submission.ready(0)
@@ -182,10 +138,10 @@ def test_ready_gives_up_in_time(llm: LLM) -> None:
     async def work() -> None:
         async with (
             started(llm) as engine,
-            engine.submit(list(range(60, 90)), _LONG, _NO_OPTIONS) as submission,
+            engine.submit(list(range(60, 90)), LONG, NO_OPTIONS) as submission,
         ):
             may_go_on = threading.Event()
-            held = asyncio.create_task(engine.call(lambda _: may_go_on.wait(_SOON_S)))
+            held = asyncio.create_task(engine.call(lambda _: may_go_on.wait(SOON_S)))
             answers = []
             for _ in range(200):
                 answers.append(await submission.ready(0.05))
@@ -194,7 +150,7 @@ def test_ready_gives_up_in_time(llm: LLM) -> None:
                 await anext(submission)
             assert answers[-1] is False
             may_go_on.set()
-            assert await submission.ready(_SOON_S)
+            assert await submission.ready(SOON_S)
             await held
 
     run(work)
@@ -222,7 +178,7 @@ def test_a_request_too_big_for_the_cache_raises_on_entering() -> None:
         async def work() -> None:
             async with started(llm) as engine:
                 with pytest.raises(CapacityError, match="needs"):
-                    await pieces_of(engine, list(range(100, 1100)), _LONG)
+                    await pieces_of(engine, list(range(100, 1100)), LONG)
                 assert engine.is_healthy
 
         run(work)
@@ -278,7 +234,7 @@ def test_a_failing_thread_refuses_everybody_at_once(
     async def work() -> None:
         engine = AsyncEngine(llm.engine)
         await engine.start()
-        async with engine.submit(list(range(9, 40)), _LONG, _NO_OPTIONS) as submission:
+        async with engine.submit(list(range(9, 40)), LONG, NO_OPTIONS) as submission:
             await anext(submission)
             waiting = asyncio.create_task(_drain(submission))
             broken = _raise(OSError("the bookkeeping is broken"))
@@ -331,7 +287,7 @@ def test_calls_run_on_the_thread_and_give_results_and_errors(llm: LLM) -> None:
     async def work() -> None:
         async with (
             started(llm) as engine,
-            engine.submit(list(range(9, 40)), _LONG, _NO_OPTIONS) as submission,
+            engine.submit(list(range(9, 40)), LONG, NO_OPTIONS) as submission,
         ):
             await anext(submission)
             name = await engine.call(lambda _: threading.current_thread().name)
@@ -349,8 +305,8 @@ def test_closing_with_time_lets_requests_finish_and_refuses_new_ones(llm: LLM) -
     async def work() -> None:
         engine = AsyncEngine(llm.engine)
         await engine.start()
-        async with engine.submit(list(range(9, 40)), _GREEDY, _NO_OPTIONS) as submission:
-            closing = asyncio.create_task(engine.close(drain_s=_SOON_S))
+        async with engine.submit(list(range(9, 40)), GREEDY, NO_OPTIONS) as submission:
+            closing = asyncio.create_task(engine.close(drain_s=SOON_S))
             await asyncio.sleep(0)
             assert not engine.is_healthy
             with pytest.raises(EngineDownError):
@@ -369,7 +325,7 @@ def test_closing_without_time_aborts(llm: LLM) -> None:
     async def work() -> None:
         engine = AsyncEngine(llm.engine)
         await engine.start()
-        async with engine.submit(list(range(9, 40)), _LONG, _NO_OPTIONS) as submission:
+        async with engine.submit(list(range(9, 40)), LONG, NO_OPTIONS) as submission:
             await anext(submission)
             await engine.close()
             rest = [piece async for piece in submission]
@@ -387,7 +343,7 @@ def test_an_interrupted_request_raises_behind_its_pieces(llm: LLM) -> None:
     async def work() -> None:
         async with (
             started(llm) as engine,
-            engine.submit(list(range(9, 40)), _LONG, _NO_OPTIONS) as submission,
+            engine.submit(list(range(9, 40)), LONG, NO_OPTIONS) as submission,
         ):
             await anext(submission)
             submission.interrupt(TimeoutError("too slow"))

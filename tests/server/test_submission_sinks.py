@@ -6,14 +6,18 @@ from collections.abc import Iterator
 import pytest
 
 from kvkeep import LLM
-from kvkeep.config import CacheOptions, SamplingParams
 from kvkeep.engine import Piece
-from tests.server.test_async_engine import open_leases, pieces_of, run, started, tokens_of
-
-_GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
-_LONG = SamplingParams(max_tokens=4000, temperature=0, ignore_eos=True)
-_NO_OPTIONS = CacheOptions()
-_SOON_S = 20.0
+from tests.async_engines import (
+    GREEDY,
+    LONG,
+    NO_OPTIONS,
+    SOON_S,
+    open_leases,
+    pieces_of,
+    run,
+    started,
+    tokens_of,
+)
 
 
 @pytest.fixture
@@ -26,7 +30,7 @@ def llm() -> Iterator[LLM]:
 def test_a_sink_and_a_task_get_all_pieces_in_order(llm: LLM) -> None:
     """What the sink does not want waits for the task, and what comes behind it too; the end always does."""
     ids = list(range(300, 360))
-    expected = list(llm.generate([ids], _GREEDY)[0].token_ids)
+    expected = list(llm.generate([ids], GREEDY)[0].token_ids)
     found: list[Piece] = []
     num_sunk = 0
 
@@ -39,9 +43,9 @@ def test_a_sink_and_a_task_get_all_pieces_in_order(llm: LLM) -> None:
         return True
 
     async def work() -> None:
-        async with started(llm) as engine, engine.submit(ids, _GREEDY, _NO_OPTIONS) as submission:
+        async with started(llm) as engine, engine.submit(ids, GREEDY, NO_OPTIONS) as submission:
             submission.divert(sink)
-            while await submission.ready(_SOON_S):
+            while await submission.ready(SOON_S):
                 pieces = submission.take()
                 if not pieces:
                     break
@@ -63,9 +67,9 @@ def test_a_sink_that_fails_ends_its_own_request_only(llm: LLM) -> None:
     async def work() -> None:
         async with started(llm) as engine:
             other = asyncio.create_task(pieces_of(engine, list(range(400, 450))))
-            async with engine.submit(list(range(9, 50)), _LONG, _NO_OPTIONS) as submission:
+            async with engine.submit(list(range(9, 50)), LONG, NO_OPTIONS) as submission:
                 submission.divert(sink)
-                assert await submission.ready(_SOON_S)
+                assert await submission.ready(SOON_S)
                 with pytest.raises(ZeroDivisionError):
                     submission.take()
             assert len(await other) == 12

@@ -24,9 +24,10 @@ from kvkeep.server.call_syntax import (
     MistralSyntax,
     syntax_of,
 )
-from kvkeep.server.tool_calls import ToolCall, ToolCallParser
+from kvkeep.server.tool_calls import ToolCallParser
 from tests.openai_calls import ask, cached_tokens, official_client, usage_of
 from tests.running_server import RunningServer, running_server
+from tests.shown_calls import shown
 from tests.tool_templates import LLAMA, MISTRAL_ARGS, MISTRAL_LIST
 
 _LLAMA_CALL = '{"name": "weather", "parameters": {"city": "Köln", "in": [{}]}}'
@@ -37,20 +38,9 @@ _TWO = ['weather({"city": "Köln"})', "clock({})"]
 
 
 def _shown(pieces: list[str], syntax: CallSyntax, max_calls: int | None = None) -> list[str]:
-    """Text joined, calls as name and arguments."""
+    """What is read of these pieces."""
     parser = ToolCallParser(syntax, max_calls=max_calls)
-    parts = [part for piece in pieces for part in parser.feed(piece)] + parser.finish()
-    shown: list[str] = []
-    is_text = False
-    for part in parts:
-        if isinstance(part, ToolCall):
-            shown.append(f"{part.name}({part.arguments})")
-        elif is_text:
-            shown[-1] += part
-        else:
-            shown.append(part)
-        is_text = isinstance(part, str)
-    return shown
+    return shown([*(part for piece in pieces for part in parser.feed(piece)), *parser.finish()])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvkeep.errors import RequestError
 from kvkeep.server.call_syntax import CallSyntax, HermesSyntax
 from kvkeep.server.tool_calls import ToolCall, ToolCallParser, with_parsed_arguments
+from tests.shown_calls import shown
 
 _CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 _OTHER = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
@@ -23,26 +24,11 @@ def _parsed(
     return found + parser.finish()
 
 
-def _shown(parts: list[str | ToolCall]) -> list[str]:
-    """Text joined, calls as name and arguments."""
-    shown: list[str] = []
-    is_text = False
-    for part in parts:
-        if isinstance(part, ToolCall):
-            shown.append(f"{part.name}({part.arguments})")
-        elif is_text:
-            shown[-1] += part
-        else:
-            shown.append(part)
-        is_text = isinstance(part, str)
-    return shown
-
-
 def test_text_and_calls_come_out_in_order() -> None:
     """Blanks around calls go, the text before them stays, arguments are JSON text."""
     parts = _parsed([f"Let me look.\n{_CALL}\n{_OTHER}\n"])
 
-    assert _shown(parts) == ["Let me look.", 'weather({"city": "Köln"})', "clock({})"]
+    assert shown(parts) == ["Let me look.", 'weather({"city": "Köln"})', "clock({})"]
     ids = [part.call_id for part in parts if isinstance(part, ToolCall)]
     assert len(set(ids)) == 2
     assert all(one.startswith("call_") for one in ids)
@@ -73,7 +59,7 @@ def test_text_leaves_as_soon_as_no_call_can_begin_in_it() -> None:
 )
 def test_what_is_no_call_stays_text(text: str) -> None:
     """Malformed and unfinished calls are given out as they were written."""
-    assert "".join(_shown(_parsed(list(text)))) == text
+    assert "".join(shown(_parsed(list(text)))) == text
 
 
 def test_a_call_whose_end_ended_the_output_is_a_call() -> None:
@@ -85,7 +71,7 @@ def test_a_call_whose_end_ended_the_output_is_a_call() -> None:
 
 def test_behind_the_last_call_allowed_nothing_comes() -> None:
     """With one call allowed, the second and all text behind the first are dropped."""
-    assert _shown(_parsed([_CALL + _OTHER + "bye"], max_calls=1)) == ['weather({"city": "Köln"})']
+    assert shown(_parsed([_CALL + _OTHER + "bye"], max_calls=1)) == ['weather({"city": "Köln"})']
 
 
 @given(
@@ -103,9 +89,9 @@ def test_pieces_make_no_difference(parts: list[str], data: st.DataObject) -> Non
 
     found = _parsed(pieces)
 
-    assert _shown(found) == _shown(_parsed([text]))
+    assert shown(found) == shown(_parsed([text]))
     if all(isinstance(part, str) for part in found):
-        assert "".join(_shown(found)) == text
+        assert "".join(shown(found)) == text
 
 
 def test_a_call_that_comes_back_is_an_object_for_the_template() -> None:

@@ -7,9 +7,7 @@ import pytest
 
 from kvkeep.cache import PinId
 from kvkeep.config import CacheOptions
-from kvkeep.tiers.resp import RespTier
-from tests.lifetime_books import Clock
-from tests.lifetime_cache import LifetimeCache
+from tests.machines import Machines
 from tests.servers import RedisServer
 
 PROMPT = list(range(100, 112))  # three full blocks
@@ -20,35 +18,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A server for all tests of this file."""
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
-
-
-class Machines:
-    """Caches over one part of the server, closed at the end."""
-
-    def __init__(self, server: RedisServer, prefix: str) -> None:
-        self._server = server
-        self._prefix = prefix
-        self.clock = Clock()
-        self._all: list[LifetimeCache] = []
-
-    def start(self, max_clock_skew_s: float = 0.0) -> LifetimeCache:
-        """One more."""
-        tier = RespTier(self._server.url, key_prefix=self._prefix, timeout_s=20.0)
-        before = self._all[0] if self._all else None
-        checked = LifetimeCache(
-            self.clock, tiers=[tier], before=before, max_clock_skew_s=max_clock_skew_s
-        )
-        self._all.append(checked)
-        return checked
-
-    def num_objects(self) -> int:
-        """Keys in the server."""
-        return len(self._server.run("KEYS", f"{self._prefix}*").split())
-
-    def close(self) -> None:
-        """End them all."""
-        for checked in self._all:
-            checked.cache.close()
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from kvkeep.cache import CacheStats, GroupStats, Receipt, TierReport
+from kvkeep.cache import GroupStats, Receipt, TierReport
 from kvkeep.engine import FinishReason
 from kvkeep.metrics import Metrics, Snapshot, Times, reuse_class
 from kvkeep.metrics.instruments import Counter, Histogram
 from kvkeep.planning import PlannerStats
 from kvkeep.tiers.base import TierStats
+from tests import cache_stats
 
 RECEIPT = Receipt(
     prompt_tokens=100,
@@ -30,14 +31,8 @@ RECEIPT = Receipt(
     num_preemptions=1,
 )
 TIMES = Times(total_s=0.7, first_token_s=0.3)
-STATS = CacheStats(
-    capacity_bytes=1000,
-    in_use_bytes=250,
-    reusable_bytes=350,
-    free_bytes=400,
-    open_leases=1,
-    reused_tokens=0,
-    computed_tokens=0,
+STATS = replace(
+    cache_stats.STATS,
     groups=(
         GroupStats(
             name="full",

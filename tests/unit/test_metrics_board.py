@@ -2,12 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvkeep.cache import CacheStats
 from kvkeep.metrics import Metrics, Snapshot
 from kvkeep.planning import PlannerStats
+from tests.cache_stats import STATS
 
 DOCS = Path(__file__).parents[2] / "docs"
 _NAME = re.compile(r"\bkvkeep_[a-z_]+")
@@ -26,18 +27,9 @@ def shown_names() -> set[str]:
     planner = PlannerStats(
         num_decisions={}, num_finished=0, predicted_s=0.0, actual_s=0.0, mean_error=None
     )
-    stats = CacheStats(
-        capacity_bytes=1,
-        in_use_bytes=0,
-        reusable_bytes=0,
-        free_bytes=1,
-        open_leases=0,
-        reused_tokens=0,
-        computed_tokens=0,
-        groups=(),
-        planner=planner,
+    snapshot = Snapshot(
+        is_healthy=True, num_running=0, num_waiting=0, cache=replace(STATS, planner=planner)
     )
-    snapshot = Snapshot(is_healthy=True, num_running=0, num_waiting=0, cache=stats)
     lines = Metrics(model="toy", version="1").render(snapshot).decode().splitlines()
     return {line.split()[2] for line in lines if line.startswith("# TYPE ")}
 

@@ -2,21 +2,13 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvkeep.cache import CacheStats, Receipt
+from kvkeep.cache import Receipt
 from kvkeep.metrics import Metrics, Snapshot, Times
+from tests.cache_stats import STATS
 
 LABELS = {"model_name": "toy", "engine": "0"}
 SNAPSHOT = Snapshot(
-    cache=CacheStats(
-        capacity_bytes=1000,
-        in_use_bytes=250,
-        reusable_bytes=350,
-        free_bytes=400,
-        open_leases=1,
-        reused_tokens=0,
-        computed_tokens=0,
-        groups=(),
-    ),
+    cache=STATS,
     is_healthy=True,
     num_running=2,
     num_waiting=3,

@@ -7,11 +7,10 @@ import pytest
 
 from kvkeep.blocks import stored_key
 from kvkeep.config import CacheOptions
-from kvkeep.tiers.base import Labelled, Tier
-from kvkeep.tiers.resp import RespTier
+from kvkeep.tiers.base import Labelled
 from tests.content_store import full
-from tests.lifetime_books import Clock
 from tests.lifetime_cache import LifetimeCache, disk
+from tests.machines import Machines
 from tests.servers import RedisServer
 
 SIZE = 4
@@ -22,35 +21,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A server for all tests of this file."""
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
-
-
-class Machines:
-    """Caches with one clock, closed at the end."""
-
-    def __init__(self, server: RedisServer, prefix: str) -> None:
-        self._server = server
-        self.prefix = prefix
-        self.clock = Clock()
-        self._all: list[LifetimeCache] = []
-
-    def start(self, tier: Tier | None = None, session_ttl_s: float = float("inf")) -> LifetimeCache:
-        """One more, over a tier or over the server."""
-        tier = tier or RespTier(self._server.url, key_prefix=self.prefix, timeout_s=20.0)
-        before = self._all[0] if self._all else None
-        checked = LifetimeCache(
-            self.clock, tiers=[tier], before=before, session_ttl_s=session_ttl_s
-        )
-        self._all.append(checked)
-        return checked
-
-    def num_objects(self) -> int:
-        """Keys in the server."""
-        return len(self._server.run("KEYS", f"{self.prefix}*").split())
-
-    def close(self) -> None:
-        """End them all."""
-        for checked in self._all:
-            checked.cache.close()
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from kvkeep.cli.config_show import config
 from kvkeep.config import EngineSettings
 from kvkeep.config.fields import field_kinds
 from kvkeep.config.server import ServerSettings, server_kinds
-from kvkeep.config.sources import LoadedSettings, load_settings
 from kvkeep.config.warm import WarmPrompt
 from kvkeep.errors import ConfigError
+from tests.given_settings import load
 
 SERVED = """
 [server]
@@ -27,21 +27,6 @@ drain_s = 5
 contexts_file = "/x/contexts"
 allowed_origins = ["https://a.example"]
 """
-
-
-def load(
-    text: str | None = None,
-    environment: dict[str, str] | None = None,
-    folder: Path | None = None,
-    **flags: object,
-) -> LoadedSettings:
-    """Settings from what is given, and from nothing else."""
-    file = None
-    if text is not None:
-        assert folder is not None
-        file = folder / "kvkeep.toml"
-        file.write_text(text, encoding="utf-8")
-    return load_settings(file=file, environment=environment or {}, flags=flags)
 
 
 def make(values: Mapping[str, Any]) -> ServerSettings:

@@ -13,6 +13,7 @@ from kvkeep.config.sources import LoadedSettings, Origin, Source, load_settings
 from kvkeep.config.tier_tables import TierTable
 from kvkeep.errors import ConfigError
 from kvkeep.tiers.settings import Disk, Host, Remote
+from tests.given_settings import load
 
 DOCUMENT = """
 [engine]
@@ -27,21 +28,6 @@ folder = "/x"
 capacity = "50GB"
 write_on = ["idle"]
 """
-
-
-def load(
-    text: str | None = None,
-    environment: dict[str, str] | None = None,
-    folder: Path | None = None,
-    **flags: object,
-) -> LoadedSettings:
-    """Settings from what is given, and from nothing else."""
-    file = None
-    if text is not None:
-        assert folder is not None
-        file = folder / "kvkeep.toml"
-        file.write_text(text, encoding="utf-8")
-    return load_settings(file=file, environment=environment or {}, flags=flags)
 
 
 def test_with_nothing_said_everything_is_the_default() -> None:
