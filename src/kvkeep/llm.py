@@ -1,7 +1,7 @@
 """The three-line offline API: load, generate, look at what the cache did."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -12,6 +12,14 @@ from kvkeep.config import CacheOptions, EngineSettings, SamplingParams
 from kvkeep.config.tier_tables import parse_tier
 from kvkeep.engine import Choice, Engine, Output, Piece
 from kvkeep.engine.detokenizer import TokenDecoder
+from kvkeep.engine.given import (
+    Message,
+    Prompt,
+    check_messages,
+    check_prompt,
+    given_prompts,
+    is_conversation,
+)
 from kvkeep.engine.prompt_cache import PromptCache
 from kvkeep.errors import ConfigError, KVKeepError, RequestError
 from kvkeep.hf.install import InstalledModel, install
@@ -21,9 +29,6 @@ from kvkeep.tiers import TierSettings
 from kvkeep.tiers.floors import tier_settings
 
 __all__ = ["LLM", "Message", "Prompt", "Stream"]
-
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]  # any: a chat template decides what a message may hold
 
 
 class LLM:
@@ -36,8 +41,9 @@ class LLM:
     `model` is "tiny" (the bundled one), a path, a hub id, a transformers model, or (model, tokenizer). The
     settings are those of EngineSettings; `capacity` is the device memory of the cache. Not thread-safe.
 
-    `tiers` are what lies below the device, nearest first: Host, Disk and Remote of kvkeep.tiers, or text such
-    as "host:4GB". Closing the LLM, or the end of the process, writes what is to survive to those that do.
+    `tiers` is what lies below the device, one or several, nearest first: Host, Disk and Remote of
+    kvkeep.tiers, or text such as "host:4GB". Closing the LLM, or the end of the process, writes what is to
+    survive to those that do.
     """
 
     def __init__(
@@ -48,15 +54,16 @@ class LLM:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         settings: EngineSettings | None = None,
-        tiers: Sequence[TierSettings | str] = (),
+        tiers: Sequence[TierSettings | str] | TierSettings | str = (),
         **options: Any,  # the fields of EngineSettings, which checks them
     ) -> None:
+        floors = _tiers(tiers)
         loaded = load_model(model, tokenizer, dtype=dtype, device=device)
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.settings = _settings(settings, options)
         self.engine = Engine(
-            install(loaded.model, self.settings, tiers=[_tier(tier) for tier in tiers]),
+            install(loaded.model, self.settings, tiers=floors),
             self.settings,
             tokenizer=cast("TokenDecoder | None", loaded.tokenizer),
             eos_ids=loaded.eos_ids,
@@ -97,7 +104,7 @@ class LLM:
 
         `params` is for all prompts or has one entry for each. If one prompt is refused, none is run.
         """
-        prompt_ids = [self.encode(prompt) for prompt in _as_many(prompts)]
+        prompt_ids = [self.encode(prompt) for prompt in given_prompts(prompts)]
         each = _one_each(params, len(prompt_ids))
         request_ids: list[RequestId] = []
         try:
@@ -130,12 +137,13 @@ class LLM:
         cache: CacheOptions | None = None,
     ) -> "Stream":
         """Complete one prompt or conversation piece by piece; see Stream for how it ends."""
-        is_chat = not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping)
-        ids = self.encode_chat(prompt) if is_chat else self.encode(prompt)  # type: ignore[arg-type]
+        encode: Any = self.encode_chat if is_conversation(prompt) else self.encode
+        ids = encode(prompt)
         return Stream(self, self._add(ids, params or SamplingParams(), cache))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ids pass through. Raises RequestError for text without a tokenizer."""
+        check_prompt("prompt", prompt)
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
@@ -143,15 +151,26 @@ class LLM:
         return list(self.tokenizer.encode(prompt))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins."""
+        """Token ids of a conversation, up to where the answer begins.
+
+        Raises RequestError for what is none, and for one that the model's template refuses.
+        """
+        check_messages(messages)
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise RequestError("the model has no chat template; use generate with a plain prompt")
-        ids = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        except Exception as error:  # a template is a program of somebody else's
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise RequestError(
+                f"messages cannot be written in the model's chat template ({reason}); change the roles or "
+                "contents that it names"
+            ) from error
         return list(ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -262,23 +281,31 @@ def _settings(settings: EngineSettings | None, options: dict[str, Any]) -> Engin
     return settings or EngineSettings.of(options)
 
 
+def _tiers(tiers: Sequence[TierSettings | str] | TierSettings | str) -> list[TierSettings]:
+    if isinstance(tiers, str) or not isinstance(tiers, Iterable):
+        return [_tier(tiers)]
+    return [_tier(tier) for tier in tiers]
+
+
 def _tier(tier: TierSettings | str) -> TierSettings:
-    return tier_settings(parse_tier(tier)) if isinstance(tier, str) else tier
-
-
-def _as_many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if len(prompts) and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]  # one prompt of token ids
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(tier, str):
+        return tier_settings(parse_tier(tier))
+    if isinstance(tier, type) or not callable(getattr(tier, "open", None)):
+        raise ConfigError(
+            f"tiers={tier!r:.80} is no tier; give Host, Disk or Remote of kvkeep.tiers, or text such as "
+            '"host:4GB"'
+        )
+    return tier
 
 
 def _one_each(
     params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
 ) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams | Mapping):
-        return [params or SamplingParams()] * num_prompts
+    if params is None:
+        return [SamplingParams()] * num_prompts
+    if isinstance(params, Mapping) or not isinstance(params, Sequence):
+        _check_is("params", params, SamplingParams)
+        return [cast("SamplingParams", params)] * num_prompts
     if len(params) != num_prompts:
         raise RequestError(
             f"params has {len(params)} entries for {num_prompts} prompts; give one, or one for each"

@@ -154,8 +154,9 @@ class SharedMachine(LifetimeMachine):
         assert receipt.deleted == receipt.matched - receipt.skipped_pinned == len(meant)
         assert sum(receipt.stored.values()) >= len(meant)
         self.model.forget(meant)
-        # Of names that only what is gone bore nobody has heard here.
-        self.start_anew()
+        if not self.has_disk:
+            # Of names that only what is gone bore nobody has heard here.
+            self.start_anew()
         self.learn()
 
     @precondition(lambda self: not self.has_disk and _has_blocks(self))

@@ -169,7 +169,7 @@ def test_marks_are_found_everywhere() -> None:
     [
         ({"type": "image", "source": {"type": "url", "url": "x"}}, "image"),
         ({"type": "text"}, "text=None"),
-        ({"type": "text", "text": {"deep": []}}, "text=dict"),
+        ({"type": "text", "text": {"deep": []}}, r"text=\{'deep': \[\]\}"),
         ({"type": "tool_result", "content": "x"}, "tool_use_id"),
         ({"type": "tool_result", "tool_use_id": "x", "content": 5}, "content=5"),
         ({"type": "server_tool_use"}, "server_tool_use"),

@@ -144,10 +144,11 @@ def test_the_beginning_of_a_key_stands_for_one_block_alone(url: str, folder: Pat
         json.loads(invoke("rm", key[:10], "--dry-run", *at, "--json").stdout)["data"][0]["matched"]
         == 1
     )
-    for wrong in (key[:7], "0" * 12, "xyzxyzxyz", key + "0"):
+    for wrong, exit_code in ((key[:7], 2), ("0" * 12, 1), ("xyzxyzxyz", 2), (key + "0", 2)):
         for command in ("show", "rm"):
-            assert invoke(command, wrong, *at).exit_code == 2
-            assert invoke(command, wrong, "--url", url).exit_code == 1
+            assert invoke(command, wrong, *at).exit_code == exit_code
+            assert invoke(command, wrong, "--url", url).exit_code == exit_code
+    assert invoke("show", "0" * 64, *at).exit_code == 1
 
 
 def test_a_refused_line_of_a_catalogue_is_named_by_file_and_line(url: str, tmp_path: Path) -> None:
@@ -160,11 +161,16 @@ def test_a_refused_line_of_a_catalogue_is_named_by_file_and_line(url: str, tmp_p
     catalogue = tmp_path / "cat.jsonl"
     catalogue.write_text("\n".join(map(json.dumps, lines)))
     refused = invoke("warm", str(catalogue), "--url", url)
+    lines[2] = {"name": "three", "token_ids": [2**31]}
+    catalogue.write_text("\n".join(map(json.dumps, lines)))
+    refused_there = invoke("warm", str(catalogue), "--url", url)
     catalogue.write_text("\n".join([*map(json.dumps, lines[:2]), "{"]))
     malformed = invoke("warm", str(catalogue), "--url", url)
 
     assert f"error: {catalogue}, line 3: three: ttl='soon'" in refused.stderr
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
+    assert f"error: {catalogue}, line 3: three: " in refused_there.stderr
+    assert refused_there.exit_code == 1
     assert f"{catalogue}, line 3 is no JSON" in malformed.stderr
     for name in ("one", "two"):
         invoke("rm", "--context", name, "--url", url)
@@ -178,7 +184,7 @@ def test_no_is_an_answer(url: str, folder: Path) -> None:
 
         assert refused.exit_code == 1
         assert refused.stderr.splitlines()[-1] == "nothing was removed"
-        assert silent.exit_code == 130
+        assert silent.exit_code == 2
         assert silent.stderr.splitlines()[-1] == "nothing was removed; --yes asks no question"
         assert "error" not in refused.stderr + silent.stderr
     assert "nothing is cached" not in invoke("ls", "--url", url).stdout

@@ -1,11 +1,14 @@
 """Named contexts and pins over HTTP: computed ahead, kept on purpose, capped, and let go."""
 
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from kvkeep.server.cache_contexts import ContextBook
 from tests.running_server import RunningServer, running_server
 
 LAW = "The tenant shall keep the garden, the roof and the lighthouse in good order. " * 6
@@ -186,3 +189,43 @@ def test_what_cannot_be_is_refused(client: httpx.Client, path: str, body: dict[s
 
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["message"]
+
+
+def test_a_time_without_end_is_for_ever(tmp_path: Path) -> None:
+    """As a number too, when it is made and when it is changed, and after a restart."""
+    settings: dict[str, Any] = {"contexts_file": tmp_path / "contexts"}
+    body = '{"name": "%s", "prompt": "Hello", "ttl": 1e999}'
+    sent: dict[str, Any] = {"headers": {"content-type": "application/json"}}
+    with running_server(**settings) as server, server.client() as client:
+        answers = [client.post("/v1/cache/contexts", content=body % "law", **sent)]
+        make(client, "rules", prompt="Hello", ttl="1h")
+        answers.append(client.patch("/v1/cache/contexts/rules", content='{"ttl": 1e999}', **sent))
+        for answer in answers:
+            assert answer.is_success, answer.text
+            assert (answer.json()["ttl"], answer.json()["expires_at"]) == ("never", None)
+    with running_server(**settings) as server, server.client() as client:
+        rows = client.get("/v1/cache/contexts").json()["data"]
+
+    assert {row["name"]: row["ttl"] for row in rows} == {"law": "never", "rules": "never"}
+
+
+def test_one_tenant_leaves_room_for_contexts_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told of its own alone; what is renewed or deleted makes room as before."""
+    small = partial(ContextBook, max_contexts=4)
+    monkeypatch.setattr("kvkeep.server.cache_state.ContextBook", small)
+    with (
+        running_server(api_keys=("key-of-anna", "key-of-bert")) as server,
+        server.client("key-of-anna") as anna,
+        server.client("key-of-bert") as bert,
+    ):
+        for name in ("one", "two", "two"):
+            make(anna, name, token_ids=[5], salt=name)
+        body = {"name": "three", "token_ids": [5]}
+        refused = anna.post("/v1/cache/contexts", json=body)
+        make(bert, "one", token_ids=[5])
+        anna.delete("/v1/cache/contexts/one", params={"salt": "one"}).raise_for_status()
+        make(anna, "three", token_ids=[5])
+
+    assert refused.status_code == 413
+    message = "you have 2 contexts, at most 2; delete some first"
+    assert refused.json()["error"]["message"] == message

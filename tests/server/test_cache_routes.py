@@ -166,6 +166,8 @@ def test_a_purge_by_prefix_removes_just_that_prompt(client: httpx.Client) -> Non
         ({"tags": "a"}, "tags"),
         ({"tags": ["a"], "tiers": ["attic"]}, "attic"),
         ({"older_than": "soon"}, "older_than"),
+        ({"older_than": "never"}, "older_than"),
+        ({"unused_for": "never"}, "unused_for"),
         ({"prefix": {}}, "0 of messages"),
         ({"prefix": {"prompt": ""}}, "0 tokens"),
     ],

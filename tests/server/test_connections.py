@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+from threading import Event
 
 import pytest
 
@@ -66,6 +67,20 @@ def test_long_heads_and_bodies_in_small_chunks_are_taken(server: RunningServer) 
             assert answer.status_code == 200, answer.text
 
 
+def test_a_whole_head_that_is_too_long_is_answered(server: RunningServer) -> None:
+    """431 too where it has come before anybody looks: the loop is kept busy meanwhile."""
+    head = b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 120_000 + b"\r\n\r\n"
+    with connect(server) as connection:
+        wait_until(lambda: server.http.num_connections, "the connection is open")
+        loop = server.http.servers[0].get_loop()
+        is_sent = Event()
+        loop.call_soon_threadsafe(is_sent.wait, 10)
+        connection.sendall(head)
+        is_sent.set()
+
+        assert connection.recv(4096).startswith(b"HTTP/1.1 431 ")
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("is_late", [False, True])
 def test_leaving_ends_the_request_before_a_pipelined_one(
@@ -97,3 +112,44 @@ def test_pipelined_requests_are_answered_in_order(server: RunningServer) -> None
             received = connection.recv(65536)
             assert received, answers
             answers += received
+
+
+def answer_of(connection: socket.socket) -> tuple[bytes, bytes]:
+    """Head and body of what comes until the connection ends."""
+    received = b""
+    while part := connection.recv(65_536):
+        received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    return head.lower(), body
+
+
+def completion(version: bytes, **fields: object) -> bytes:
+    """A request in a version of the protocol."""
+    body = json.dumps({"model": "tiny", "prompt": "Harbour", "max_tokens": 3} | fields).encode()
+    head = b"POST /v1/completions HTTP/%s\r\nhost: localhost\r\ncontent-length: %d\r\n"
+    return head % (version, len(body)) + b"content-type: application/json\r\n\r\n" + body
+
+
+def test_a_client_without_chunks_gets_a_bare_stream(server: RunningServer) -> None:
+    """What HTTP/1.0 knows of the end of a body of unknown length is the end of the connection."""
+    with connect(server) as connection:
+        connection.sendall(completion(b"1.0", stream=True))
+        head, body = answer_of(connection)
+
+    assert b" 200 " in head.splitlines()[0]
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert body.startswith(b"data: {")
+    assert body.endswith(b"data: [DONE]\n\n")
+    events = [one for one in body.split(b"\n\n") if one]
+    assert all(one.startswith(b"data: ") for one in events)
+
+
+def test_a_client_without_chunks_gets_other_answers_as_ever(server: RunningServer) -> None:
+    """With their length, and the end of the connection."""
+    with connect(server) as connection:
+        connection.sendall(completion(b"1.0"))
+        head, body = answer_of(connection)
+
+    assert b"content-length: %d" % len(body) in head
+    assert json.loads(body)["usage"]["completion_tokens"] == 3

@@ -107,3 +107,32 @@ def test_nobody_is_told_of_another_tenants_prompts() -> None:
     assert found["status"] == "miss"
     assert found["miss"]["type"] == "first_request"
     assert "cached_text" not in found["miss"]
+
+
+@pytest.mark.parametrize(
+    ("before", "prompt", "status"),
+    [
+        (range(100, 1300), [100, *range(2000, 2100)], "miss"),  # it shares a token
+        (range(100, 1300), [*range(100, 150), *range(2000, 2100)], "partial"),
+        (range(100, 200), list(range(100, 200)), "hit"),
+        (range(100, 164), list(range(100, 164)), "hit"),
+        (range(100, 112), [*range(100, 103), *range(2000, 2009)], "miss"),
+    ],
+)
+def test_all_that_tell_of_a_prompt_agree(
+    client: httpx.Client, before: range, prompt: list[int], status: str
+) -> None:
+    """A lookup, the header and the report: by full blocks of the prompt; one without any is a miss."""
+    salted = {"salt": f"agree-{before.stop}-{len(prompt)}-{prompt[-1]}"}
+    sent = [
+        ("/v1/completions", {"prompt": list(before), "max_tokens": 1, "kv_cache": salted}),
+        ("/v1/cache/lookup", {"token_ids": prompt, "kv_cache": salted}),
+        ("/v1/completions", {"prompt": prompt, "max_tokens": 1, "kv_cache": EXPLAIN | salted}),
+    ]
+    _, known, answer = (client.post(path, json=body).raise_for_status() for path, body in sent)
+    found = answer.json()["kv_cache"]
+
+    assert known.json()["status"] == found["status"] == status
+    assert answer.headers["x-kv-cache"].startswith(f"{status.upper()}; tokens=")
+    is_short = len(prompt) < 32
+    assert ((found["miss"] or {}).get("type") == "too_short") is is_short

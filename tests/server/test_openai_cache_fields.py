@@ -283,7 +283,10 @@ def test_usage_says_nought_as_nought() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "reused", "status"),
-    [(100, 0, "MISS"), (100, 64, "PARTIAL"), (100, 96, "HIT"), (96, 95, "HIT")],
+    [
+        *[(100, 0, "MISS"), (1211, 1, "MISS"), (12, 3, "MISS"), (31, 30, "MISS")],
+        *[(100, 64, "PARTIAL"), (100, 96, "HIT"), (96, 95, "HIT")],
+    ],
 )
 def test_the_header_says_how_much_was_there(prompt: int, reused: int, status: str) -> None:
     """HIT is all that could be there: the tail of a block, or the last token, is always computed."""

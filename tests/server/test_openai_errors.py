@@ -32,10 +32,21 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "system"),
         ({"extra_body": {"best_of": 4}}, "best_of", "not supported"),
-        ({"extra_body": {"guided_json": {}}}, "guided_json", "not supported"),
+        ({"extra_body": {"guided_json": {"a": {}}}}, "guided_json", "{'a': {}}"),
         ({"extra_body": {"kv_cache": {"ttl": "soon"}}}, "kv_cache.ttl", "no length of time"),
         ({"extra_body": {"kv_cache": {"pin": "yes"}}}, "kv_cache.pin", "bool"),
-        ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
+        ({"modalities": ["text", "audio"]}, "modalities", "['text', 'audio'] is not supported"),
+        (
+            {"extra_body": {"bad_words": ["x"] * 99}},
+            "bad_words",
+            "['x', 'x', 'x', 'x', 'x', 'x', ...]",
+        ),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "null"),
+        (
+            {"extra_body": {"cache_control": {"type": "permanent"}}},
+            "cache_control.type",
+            "ephemeral",
+        ),
     ],
 )
 def test_a_request_that_cannot_be_followed_is_refused_by_name(

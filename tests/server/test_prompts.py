@@ -202,7 +202,9 @@ def test_parts_are_joined_and_each_has_its_place(llm: LLM, encoder: PromptEncode
         ([{"role": "user", "content": 7}], r"messages\[0\]\.content is neither"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url"),
         ([{"role": "user", "content": [{"type": "text"}]}], "takes text only"),
-        ([{"role": "user", "content": None}], "chat template"),
+        ([{"role": "user", "content": None}], r"messages\[0\]\.content is null; give text"),
+        ([*chat("x"), {"role": "tool"}], r"messages\[1\]\.content is missing; give text"),
+        ([*chat("x"), {"role": "assistant", "content": None}], r"messages\[1\]\.content is null"),
     ],
 )
 def test_what_cannot_be_written_is_refused(

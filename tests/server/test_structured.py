@@ -115,6 +115,66 @@ def test_a_form_that_cannot_be_is_refused(
     assert word in caught.value.message
 
 
+_BOMB = {"type": "string", "allOf": [{"pattern": f".*a.{{{n}}}b.*"} for n in range(1, 40)]}
+_EXCLUSIVE = {"type": "object", "patternProperties": {f"^k{n}x$": {} for n in range(5000)}}
+# What is too much here shows behind the value of `a`, which nothing but the output decides.
+_LATE = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "boolean"},
+        "b": {"type": "string", "pattern": "^(" + r"\p{L}{0,50}x?" * 2000 + ")*$"},
+    },
+    "required": ["a", "b"],
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "word"),
+    [(_BOMB, "39 patterns and formats that one string"), (_EXCLUSIVE, "making its grammar takes")],
+)
+def test_a_form_that_would_take_for_ever_is_refused_and_others_go_on(
+    client: openai.OpenAI, schema: dict[str, Any], word: str
+) -> None:
+    """400, whether it is told by looking at it or by trying it."""
+    with pytest.raises(openai.BadRequestError, match=f"response_format .*{word}"):
+        ask(client, response_format=_format(schema))
+
+    z = {"type": "object", "properties": {"z": {"type": "integer"}}, "required": ["z"]}
+    assert text_of(ask(client, response_format=_format(z))).startswith('{"z": ')
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {f"property_{n}": {"type": "integer"} for n in range(1500)}},
+        {"anyOf": [{"properties": {"a": {}, f"b{n}": {"type": "null"}}} for n in range(400)]},
+    ],
+)
+def test_a_wide_form_is_followed(client: openai.OpenAI, schema: dict[str, Any]) -> None:
+    """Many optional properties, and many alternatives."""
+    wide = {"type": "object", "minProperties": 0, **schema}
+    answer = ask(client, response_format=_format(wide), max_tokens=30)
+
+    assert text_of(answer).startswith("{")
+
+
+def test_a_form_that_turns_out_too_much_ends_its_request_with_the_reason(
+    client: openai.OpenAI,
+) -> None:
+    """It is the client's form, no failure of the model; a stream says so too, and others go on."""
+    form: dict[str, Any] = {"response_format": _format(_LATE), "max_tokens": 60}
+    with pytest.raises(openai.BadRequestError, match="followed any further: lexer error") as caught:
+        ask(client, **form)
+    assert caught.value.code == "form_too_complex"
+
+    stream = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "A?"}], stream=True, **form
+    )
+    with pytest.raises(openai.APIError, match="followed any further: lexer error"):
+        list(stream)
+    assert text_of(ask(client, response_format=_format({"enum": ["yes"]}))) == '"yes"'
+
+
 def test_a_form_needs_an_end(client: openai.OpenAI) -> None:
     """ignore_eos and a grammar contradict each other."""
     with pytest.raises(openai.BadRequestError, match="lets no grammar end"):

@@ -30,6 +30,8 @@ class _Steps:
 
 
 class _StepMatcher:
+    failure = None
+
     def __init__(self, steps: Sequence[set[int]]) -> None:
         self._steps = steps
         self._at = 0
@@ -267,6 +269,41 @@ def test_a_schema_that_cannot_be_followed_is_refused(
         grammars.compile(AnswerForm(field="response_format", schema=schema))
 
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": "string", "allOf": [{"pattern": f"^(x|aa.*a.{{{n}}}b.*)$"} for n in range(1, 40)]},
+        {
+            "$defs": {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(3000)} | {"3000": {}},
+            "$ref": "#/$defs/0",
+        },
+    ],
+)
+def test_parameters_that_would_hold_up_or_end_the_server_are_refused(
+    grammars: Grammars, parameters: dict[str, object]
+) -> None:
+    """Of each tool, not only of the first: at a later token, or with more references than a stack holds."""
+    form = AnswerForm(field="tools", calls={"fine": _SCHEMA, "bad": parameters})
+
+    with pytest.raises(RequestError, match=r"^tools (has 39 patterns|cannot be followed: making)"):
+        grammars.compile(form)
+
+
+def test_a_matcher_that_met_a_limit_says_which(loaded: LoadedModel, grammars: Grammars) -> None:
+    """As long as it has not, it has no failure."""
+    wide = {f"property_{number}": {"type": "integer"} for number in range(2500)}
+    schema = {"type": "object", "properties": wide}
+    assert loaded.tokenizer is not None
+    matcher = grammars.compile(AnswerForm(field="f", schema=schema)).matcher()
+    assert not matcher.failure
+
+    matcher.accept(loaded.tokenizer.encode('{"'))
+
+    assert not any(matcher.allowed())
+    assert matcher.failure is not None
+    assert "max is 8000" in matcher.failure
 
 
 def test_without_the_library_the_extra_is_named(

@@ -165,3 +165,24 @@ def test_an_unknown_setting_is_named() -> None:
 
     assert result.exit_code == 2
     assert "KVKEEP_POLICY" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"messages": "hi"}, "messages='hi' is no list"),
+        ({"messages": [{"role": "user"}]}, "messages[0]={'role': 'user'} has no content"),
+        ({"messages": ["hi"]}, "messages[0]='hi' has no content"),
+        ({"prompt": 5}, "prompt=5 is no prompt"),
+    ],
+)
+def test_what_is_no_prompt_is_not_found_sound(
+    request_: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Nothing was looked at in it."""
+    (tmp_path / "one.json").write_text(json.dumps(request_))
+
+    result = invoke("cache", "lint", str(tmp_path / "one.json"))
+
+    assert result.exit_code == 2
+    assert message in result.stderr

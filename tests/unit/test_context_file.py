@@ -25,6 +25,7 @@ def context(
         pin=pin,
         created_at=1.5,
         warmed_at=2.5,
+        owner="531f5430",
     )
 
 

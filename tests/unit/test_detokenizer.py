@@ -20,6 +20,25 @@ from tests.tiny_tokenizers import (
 )
 
 
+class PaddedTokenizer:
+    """A tokenizer that is asked for ids behind its vocabulary, and has no text for them."""
+
+    def __init__(self, tokenizer: CountingTokenizer, error: type[Exception] | None) -> None:
+        self._tokenizer = tokenizer
+        self._error = error
+
+    def decode(self, token_ids: list[int], **options: bool) -> str:
+        assert all(token_id < self._tokenizer.size for token_id in token_ids)
+        return self._tokenizer.decode(token_ids, **options)
+
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        if ids < self._tokenizer.size:
+            return self._tokenizer.convert_ids_to_tokens(ids)
+        if self._error is not None:
+            raise self._error(ids)
+        return None
+
+
 def token_sequences(tokenizer: CountingTokenizer) -> st.SearchStrategy[list[int]]:
     """Return runs of any tokens, of lone bytes and of text."""
     any_token = st.integers(0, tokenizer.size - 1).map(lambda token_id: [token_id])
@@ -91,6 +110,28 @@ def test_output_continues_the_text_of_the_prompt(name: str, chance: st.DataObjec
     pieces, _ = pieces_of(tokenizer, output_ids, prompt_ids=prompt_ids)
 
     assert "".join(pieces) == whole_text[len(prompt_text) :]
+
+
+@both_tokenizers
+@pytest.mark.parametrize("error", [None, IndexError])
+@given(chance=st.data())
+def test_ids_without_a_name_have_no_text(
+    name: str, error: type[Exception] | None, chance: st.DataObject
+) -> None:
+    """Among the tokens of the prompt and of the output they change nothing, inside characters neither."""
+    tokenizer = TOKENIZERS[name]()
+    padded = PaddedTokenizer(tokenizer, error)
+    nameless = st.lists(st.integers(tokenizer.size, tokenizer.size + 9), max_size=2)
+    prompt_ids = tokenizer.encode(chance.draw(texts))[-4:]
+    token_ids = chance.draw(token_sequences(tokenizer))
+
+    plain = IncrementalDetokenizer(tokenizer, prompt_ids)
+    mixed = IncrementalDetokenizer(padded, [*prompt_ids, *chance.draw(nameless)])
+    for token_id in token_ids:
+        assert mixed.append(chance.draw(nameless)) == ""
+        assert mixed.append([token_id]) == plain.append([token_id])
+
+    assert mixed.finish() == plain.finish()
 
 
 def test_output_behind_a_special_token_is_a_text_of_its_own() -> None:

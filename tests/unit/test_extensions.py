@@ -134,7 +134,7 @@ def test_what_is_wrong_is_named(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         tier_settings(parse_tier(text))
 
-    assert "(in TierTable(" in str(caught.value)
+    assert "(in tier " in str(caught.value)
 
 
 def test_a_package_that_cannot_be_imported_is_named(site: Path) -> None:

@@ -120,11 +120,16 @@ def test_a_purge_can_mean_one_tier_only(
     checked.serve(PROMPT, CacheOptions(tags=["t"]))
     checked.cache.offload()
 
-    receipt = checked.admin.purges.purge(checked.query(tags=("t",), tiers=("disk",)))
+    query = checked.query(tags=("t",), tiers=("disk",))
 
-    assert receipt.stored == {"disk": 3}
+    receipt = checked.admin.purges.purge(query)
+
+    assert (receipt.deleted, receipt.stored) == (3, {"disk": 3})
     assert [num_objects(tier) for tier in tiers] == [3, 0]
     assert all(checked.known(PROMPT))
+    for is_tried in (True, False):
+        again = checked.admin.purges.purge(query, dry_run=is_tried)
+        assert (again.matched, again.deleted, again.freed_bytes, again.stored) == (0, 0, 0, {})
 
 
 def test_labels_survive_a_restart(

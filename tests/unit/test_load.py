@@ -69,6 +69,16 @@ def test_the_generation_config_says_what_ends_an_output() -> None:
     assert load_model(model, tokenizer("b")).eos_ids == {5, 6}
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:x", torch.device("cuda:99")])
+def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(
+    device: str | torch.device,
+) -> None:
+    """A model that does not exist is not even looked for, and one that is there stays where it is."""
+    for model in ("nobody/has-this", build_tiny("llama")):
+        with pytest.raises(ConfigError, match=rf"device='?{device}'?.*give \"cpu\""):
+            load_model(model, device=device)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -174,15 +174,21 @@ def test_what_is_not_known_is_not_counted() -> None:
 
 @pytest.mark.parametrize(
     ("reused", "computed", "expected"),
-    [(0, 5, "miss"), (0, 500, "miss"), (63, 1, "hit"), (64, 31, "hit"), (64, 32, "partial")],
+    [
+        *[(0, 5, "miss"), (3, 9, "miss"), (30, 1, "miss"), (0, 500, "miss"), (1, 1210, "miss")],
+        *[(31, 30, "miss"), (32, 30, "hit"), (31, 1, "hit"), (63, 1, "hit"), (64, 31, "hit")],
+        *[(64, 0, "hit"), (32, 32, "partial"), (64, 32, "partial"), (92, 8, "partial")],
+    ],
 )
 def test_first_tokens_are_timed_by_reuse(reused: int, computed: int, expected: str) -> None:
-    """A hit is a prompt whose full blocks were all there."""
+    """A hit is a prompt whose full blocks were all there, a miss one of which none was."""
     receipt = replace(
         RECEIPT, prompt_tokens=reused + computed, reused_tokens=reused, computed_tokens=computed
     )
     metrics = make_metrics()
-    metrics.requests.observe(receipt, "stop", TIMES, reuse=reuse_class(receipt, 32))
+    metrics.requests.observe(
+        receipt, "stop", TIMES, reuse=reuse_class(reused + computed, reused, 32)
+    )
     shown = scrape(metrics)
 
     counts = {

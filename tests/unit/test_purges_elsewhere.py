@@ -249,3 +249,24 @@ def test_what_a_purge_means_while_labels_are_read_is_in_its_receipt(
     assert (receipt.matched, receipt.deleted, receipt.stored) == (3, 3, {"disk": 3})
     assert again.known(prompt(2)) == [True] * 3
     assert len(list(again.below.stack.tiers[0].objects())) == 3
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_what_a_store_has_under_other_labels_goes_from_there(
+    machines: Machines, is_pinned: bool
+) -> None:
+    """The block that this machine has computed for itself stays here, and its pin keeps it there too."""
+    first, second = machines.start(), machines.start()
+    first.serve(prompt(1), CacheOptions(tags=["t"]))
+    first.cache.offload()
+    machines.clock.now_s += 1
+    second.serve(prompt(1), CacheOptions(read=False, pin=is_pinned))
+    assert second.below is not None
+    second.below.relabels.forget(second.chain(prompt(1)).keys)
+
+    receipt = second.admin.purges.purge(second.query(tags=("t",)))
+
+    assert receipt.deleted == 0
+    assert sum(receipt.stored.values()) == 3 * (not is_pinned)
+    assert machines.num_objects() == 3 * is_pinned
+    assert second.known(prompt(1)) == [True] * 3

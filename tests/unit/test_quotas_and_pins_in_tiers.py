@@ -1,17 +1,20 @@
 """What tenants may take of each place, and what pins may hold of each tier; blocks of four tokens."""
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kvkeep.cache import PinId
-from kvkeep.cache.quotas import Share
+from kvkeep.cache.quotas import Quotas, Share
 from kvkeep.config import CacheOptions
 from kvkeep.errors import CapacityError, RequestError
+from kvkeep.spec import GroupSpec
 from kvkeep.tiers.base import Occasion, Tier
 from kvkeep.tiers.disk import DiskTier
 from kvkeep.tiers.host import HostTier
+from tests.content_store import full, quantised
 from tests.lifetime_books import Clock
 from tests.lifetime_cache import MANY, LifetimeCache, disk
 
@@ -186,3 +189,43 @@ def test_pins_are_there_after_a_crash(over: Over, tmp_path: Path, *, is_asked_la
     second = over(disk(tmp_path), clock=clock)
     assert [(one.name, one.num_blocks) for one in second.admin.pins()] == [("kept", 3)]
     first.cache.close()
+
+
+@pytest.mark.parametrize("place", [None, "device", "host"])
+@pytest.mark.parametrize("group", [full(), quantised()], ids=lambda group: group.name)
+def test_a_quota_takes_what_all_blocks_in_order_say(
+    over: Over, group: GroupSpec, place: str | None
+) -> None:
+    """By priority, last use and place in the register, without pinned blocks and what is used there."""
+    clock, rng = Clock(), random.Random(7)
+    checked = over(HostTier(MANY), clock=clock, groups=(group,))
+    for number in range(30):
+        clock.now_s += rng.choice([0, 0, 1])
+        priority, salt = rng.choice([10, 50, 90]), rng.choice(["x", "x", "y"])
+        prompt = [number % 20] * 4 * rng.randrange(1, 6)
+        checked.serve(prompt, CacheOptions(salt=salt, priority=priority))
+    settle(checked)
+    checked.admin.pin(PinId("p"), checked.chain([3] * 4, "x"))
+    register, share = checked.lifetimes.register, Share(checked.root("x"), place)
+    order = {key: at for at, key in enumerate(register)}
+    used = set(rng.sample(sorted(order), 10))
+    quotas = Quotas(register, checked.cache._places, checked.below)
+    is_there = place in (None, "device")
+
+    ranked = sorted(
+        (labels.priority, register.used_at(key) or 0.0, -order[key], key)
+        for labels, keys in register.of_namespace(share.namespace)
+        for key in keys
+        if not labels.pins and not (is_there and key in used)
+    )
+    total = quotas.used_bytes(share)
+    for limit in (0, total // 3, total - total // 9, total - 1, total):
+        left, expected = total - limit * 0.95, []
+        for *_, key in ranked if total > limit else ():
+            if left <= 0:
+                break
+            expected.append(key)
+            left -= quotas._bytes_of(place, [key]).get(key, 0)
+        quotas.set(share, limit)
+        assert list(quotas.excess(share, used.__contains__)) == expected
+    assert expected == []

@@ -120,3 +120,27 @@ def test_wrong_use_says_so(args: tuple[str, ...], message: str) -> None:
 def test_the_choices_are_the_workloads_there_are() -> None:
     """The command names them without loading them."""
     assert tuple(WORKLOADS) == bench_module._WORKLOADS
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_no_number_is_cut(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in a pipe, which has no width, nor in a narrow terminal."""
+    monkeypatch.setenv("COLUMNS", "60")
+    if is_terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    tiers = ("--tier", "host:1GB")
+
+    result = invoke(*SMALL, *tiers, "--capacities", "20MB")
+
+    assert result.exit_code == 0
+    assert "\N{HORIZONTAL ELLIPSIS}" not in result.stdout
+    for column in ("of unbounded", "prefixes", "policy time", "look-ups/s", "written"):
+        assert column in result.stdout
+
+
+def test_known_policies_are_named_once() -> None:
+    """However far the name is from all of them."""
+    result = invoke(*SMALL, "--policies", "foo")
+
+    assert result.exit_code == 2
+    assert result.stderr.count("s3fifo") == 1

@@ -9,10 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvkeep.cache import PinId
 from kvkeep.config import CacheOptions, SamplingParams
 from kvkeep.scheduling import Request, RequestStatus, Scheduler, StepPlan
 from kvkeep.spec import GroupSpec, RequestId
-from tests.content_store import CheckedCache, chunked, full, recurrent, sliding, spec_of
+from tests.content_store import (
+    EVERY_MODEL,
+    CheckedCache,
+    chunked,
+    full,
+    recurrent,
+    sliding,
+    spec_of,
+)
 
 BLOCK_SIZE = 4
 
@@ -361,3 +370,30 @@ def test_any_load_ends_with_every_token_right_and_nothing_held(
 
     assert [request.num_output for request in server.requests] == [num_output] * len(lengths)
     assert server.cache.stats().in_use_bytes == 0
+
+
+@EVERY_MODEL
+def test_pins_yield_what_one_request_lacks(groups: tuple[GroupSpec, ...]) -> None:
+    """Alone and without room it takes some of another's pins, not all; smaller ones then take none."""
+    server = Server(*groups, num_blocks=61)
+    prompt, admin = tokens(24, 1), server.cache.administration
+    requests = [
+        prompt,
+        tokens(24, 2),
+        # Its own beginning is pinned, and of the other six blocks it lacks four.
+        [*prompt, *tokens(53 * BLOCK_SIZE - 1, 3)],
+        *(tokens(48, seed) for seed in range(10, 20)),
+    ]
+    for number, token_ids in enumerate(requests):
+        server.add(token_ids, max_tokens=1)
+        while not server.is_idle():
+            server.step()
+        if number < 2:
+            admin.pin(PinId(str(number)), server.checked.chain(token_ids))
+
+    ledger = server.checked.ledgers[0]
+    kept = [
+        sum(ledger.get(key) is not None for key in server.checked.chain(token_ids).keys)
+        for token_ids in requests[:2]
+    ]
+    assert kept == [6, 2] if ledger.spec.window is None else any(kept)

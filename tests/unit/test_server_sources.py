@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from kvkeep.cli.config_show import config
+from kvkeep.cli.main import main
 from kvkeep.config import EngineSettings
 from kvkeep.config.fields import field_kinds
 from kvkeep.config.server import ServerSettings, server_kinds
@@ -164,6 +165,10 @@ def test_prompts_to_warm_are_texts_requests_and_catalogues(tmp_path: Path) -> No
         ("name = 'a'\nfile = 'none.txt'", "none.txt' cannot be read.*number 1 in"),
         ("name = 'a'\nprompt = 'b'\nfile = 'c'", "file and prompt are given"),
         ("name = 'a'", "has no prompt"),
+        ("name = 'a'\nprompt = 'b'\ntoken_ids = [1]", "prompt and token_ids are given"),
+        ("name = 'a'\nprompt = 3", "prompt=3 is no text"),
+        ("name = 'a'\nmessages = ['b']", "messages=.* is no list of messages"),
+        ("name = 'a'\ntoken_ids = [true]", "token_ids=.* is no list of whole numbers"),
         ("prompt = 'a'", "name is missing"),
         ("name = 3\nprompt = 'a'", "name=3 is no name"),
         ("name = 'a'\nfile = 3", "file=3 is no path"),
@@ -216,3 +221,104 @@ def test_the_settings_are_shown_without_keys(
     assert shown["origins"]["admin_key"] == "KVKEEP_ADMIN_KEY"
     assert shown["origins"]["warm"] == f"warm in {path}"
     assert "one-long-key" not in text + show("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ttl = 'soon'", "ttl='soon' is no length of time"),
+        ("ttl = 0", "ttl=0 keeps nothing"),
+        ("tags = 'x'", r"tags='x' is no list; write \["),
+        ("tags = ['']", "tags='' is no name"),
+        ("pin = 'yes'", "pin='yes' is neither true nor false"),
+        ("salt = 3", "salt=3 is no text"),
+    ],
+)
+def test_how_a_prompt_is_kept_is_looked_at_when_settings_are_read(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    """Not when the model is there and the server runs without it."""
+    with pytest.raises(ConfigError, match=rf"{message}.*\(in \[\[warm\]\] number 1 in"):
+        load(f"[[warm]]\nname = 'a'\nprompt = 'b'\n{text}", folder=tmp_path)
+
+
+def test_a_text_for_a_list_of_names_is_told_how_to_be_one(tmp_path: Path) -> None:
+    """As TOML writes it."""
+    with pytest.raises(ConfigError, match=r'model_names=.a. is no list of names; write \["a"\]'):
+        load("[server]\nmodel_names = 'a'", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"allowed_origins": ("foo",)}, "allowed_origins has 'foo'"),
+        ({"model_names": ("",)}, "model_names has ''"),
+    ],
+)
+def test_names_that_no_request_can_have_are_refused(changes: dict[str, Any], message: str) -> None:
+    """They would never match."""
+    with pytest.raises(ConfigError, match=message):
+        make(changes)
+    assert make({"allowed_origins": ("*", "null", "http://localhost:3000")}).allowed_origins
+
+
+@pytest.mark.parametrize("text", ["", "# a remark\n\n   \n"])
+def test_a_file_without_key_opens_no_server(text: str, tmp_path: Path) -> None:
+    """Who gives a file wants keys to be asked for."""
+    path = tmp_path / "keys"
+    path.write_text(text)
+    for arguments in (["config", "show"], ["serve", "--port", "0"]):
+        result = CliRunner().invoke(main, [*arguments, "--api-keys-file", str(path)])
+        assert result.exit_code == 2
+        assert f"api_keys_file='{path}' has no key" in result.stderr
+
+
+def test_keys_of_a_file_are_from_that_flag(tmp_path: Path) -> None:
+    """Not from the one for a single key."""
+    (tmp_path / "keys").write_text("a-long-key # remark")
+    keys = ("--api-keys-file", str(tmp_path / "keys"), "--origins", "--json")
+
+    assert json.loads(show(*keys))["origins"]["api_keys"] == "--api-keys-file"
+    both = json.loads(show("--api-key", "another-key", *keys))["origins"]["api_keys"]
+    assert both == "--api-key, --api-keys-file"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[tiers]]\nkind = 'disc'", "tier='disc' is not known; did you mean disk?"),
+        ("[[tiers]]\nkind = 'disk'\ncapacity = '1GB'", "folder is missing"),
+        ("[[tiers]]\nkind = 'host'\ncapacity = '1GB'\nfoo = 1", "foo is no option of the tier"),
+        ("[[warm]]\nname = 'a'", "has no prompt"),
+        ("[[warm]]\nname = 'a'\nprompt = 'b'\nmessages = []", "messages and prompt are given"),
+        ("[server]\napi_keys = ['short']", "has a key of 5 characters"),
+        ("tiers = ['host:1GB?name=a', 'host:2GB?name=a']", "name='a' is given to 2 tiers"),
+    ],
+)
+def test_config_show_refuses_what_serve_refuses(text: str, message: str, tmp_path: Path) -> None:
+    """In one line, with the place."""
+    path = tmp_path / "kvkeep.toml"
+    path.write_text(text)
+
+    result = CliRunner().invoke(main, ["config", "show", "--config", str(path)])
+
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert str(path) in result.stderr or "key of" in result.stderr
+
+
+def test_tiers_are_shown_as_they_are_written_and_nothing_is_made(tmp_path: Path) -> None:
+    """As an object in JSON; without passwords in both."""
+    folder = tmp_path / "disk"
+    written = f"disk:{folder}:1GB?durable=true"
+    store = "redis://anna:sesame@store:6379/0?timeout_s=1"
+
+    arguments = ("--tier", written, "--tier", store)
+    shown, text = json.loads(show("--json", *arguments)), show(*arguments)
+
+    assert shown["settings"]["tiers"] == [
+        {"kind": "disk", "folder": str(folder), "capacity": "1GB", "durable": "true"},
+        {"kind": "redis", "url": "redis://anna:***@store:6379/0?timeout_s=1"},
+    ]
+    assert f"{written}, redis://anna:***@store:6379/0?timeout_s=1" in text
+    assert list(tmp_path.iterdir()) == []

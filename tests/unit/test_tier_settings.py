@@ -83,7 +83,7 @@ def test_a_table_means_settings(table: TierTable, expected: TierSettings) -> Non
         ("host:", "no capacity; write host:4GB"),
         ("host:4GBB", "capacity='4GBB' is not a size"),
         ("host:0", "capacity=0 is not positive"),
-        ("host:4GB?polcy=lru", "polcy is no option here; did you mean policy"),
+        ("host:4GB?polcy=lru", "polcy is no option of the tier; did you mean policy"),
         ("host:4GB?policy=lurk", "policy='lurk' is not known"),
         ("host:4GB?write_on=reusd", "holds 'reusd'; did you mean reused"),
         ("host:4GB?name=device", "name='device' cannot be"),
@@ -183,7 +183,7 @@ def test_defaults_write_what_wears_least() -> None:
     occasions = {str(occasion) for occasion in Occasion}
 
     assert set(Host(1).write_on) == occasions
-    assert set(Disk("/x", 1).write_on) == {"reused", "idle", "evicted", "closing"}
+    assert set(Disk("/x", 4096).write_on) == {"reused", "idle", "evicted", "closing"}
     assert set(Remote(NOBODY).write_on) == {"finished", "reused", "idle", "closing"}
 
 
@@ -193,7 +193,7 @@ def test_names_are_unique_in_a_stack() -> None:
         Host(1),
         Remote(NOBODY),
         Remote(NOBODY),
-        Disk("/x", 1, name="remote-3"),
+        Disk("/x", 4096, name="remote-3"),
         Remote(NOBODY),
     ]
 

@@ -52,6 +52,10 @@ def stored_key(key: BlockKey, group: int) -> StoredKey:
 
 def pack_tokens(token_ids: Iterable[int]) -> "array[int]":
     """Token ids as unsigned 32-bit integers. Raises RequestError for what is not a token id."""
+    if isinstance(token_ids, str):  # type: ignore[unreachable]  # callers are not typed
+        raise RequestError(
+            f"token_ids={token_ids!r:.80} is text; give token ids, such as LLM.encode makes of it"
+        )
     try:
         # An array would take bytes for its own memory, four to an integer.
         return array(

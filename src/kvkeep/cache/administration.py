@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from kvkeep.blocks import TokenChain, stored_key
 from kvkeep.cache.hierarchy import Hierarchy
+from kvkeep.cache.inspection import Inspection
 from kvkeep.cache.lease import Lease
 from kvkeep.cache.lifetimes import (
     BlockReport,
@@ -17,11 +18,11 @@ from kvkeep.cache.lifetimes import (
     SessionReport,
     match,
 )
-from kvkeep.cache.listing import list_blocks
 from kvkeep.cache.places import Places
 from kvkeep.cache.purges import Purges
 from kvkeep.cache.quotas import Share
 from kvkeep.cache.receipts import DropReceipt, VerifyReport
+from kvkeep.cache.slices import to_end
 from kvkeep.cache.upkeep import Upkeep
 from kvkeep.cache.verify import find_problems
 from kvkeep.errors import PinCapacityError, RequestError
@@ -49,6 +50,7 @@ class Administration:
         self._below = below
         self._leases = leases
         self.purges = Purges(upkeep, below, leases)
+        self.inspection = Inspection(places, upkeep.lifetimes, below)
 
     def tell(self, listener: Listener | None) -> None:
         """Have somebody told of blocks that are not known any more, and of who is to be forgotten."""
@@ -60,6 +62,7 @@ class Administration:
         """Forget the given full blocks of `chain`, by number, in every group and every tier."""
         keys = [chain.keys[block] for block in sorted(set(blocks))]
         forgotten = self._upkeep.forgetting.at_once(keys, "invalidated", (DEVICE,))
+        self._lifetimes.tell_gone([key for key in keys if key not in forgotten.keys], "invalidated")
         self._forget_labels(keys)
         stored = {}
         if self._below is not None:
@@ -233,15 +236,7 @@ class Administration:
             key=lambda key: (-(register.used_at(key) or 0.0), key),
         )
         start = keys.index(after) + 1 if after in keys else 0
-        return list(
-            list_blocks(
-                keys[start : start + limit],
-                register,
-                self._ledgers,
-                self._below,
-                self._places.spec.block_size,
-            )
-        )
+        return self.inspection.reports(keys[start : start + limit])
 
     # --- checks ----------------------------------------------------------------------------------
 
@@ -257,10 +252,8 @@ class Administration:
             if any(key not in register for key in keys):
                 problems.append(f"group {ledger.spec.name}: a sealed block has no labels")
         num_checked = sum(ledger.pool.num_blocks for ledger in self._ledgers)
-        for report in below.audit() if below is not None and tiers else []:
-            num_checked += report.num_objects
-            problems += [f"{one.key.hex()} in a tier: {one.reason}" for one in report.wrong]
-        return VerifyReport(blocks_checked=num_checked, problems=tuple(problems))
+        books = VerifyReport(blocks_checked=num_checked, problems=tuple(problems))
+        return books + to_end(self.inspection.audit()) if tiers else books
 
     def _pin_report(self, pin: PinId, namespace: BlockKey) -> PinReport:
         keys = [key for _, own in self._lifetimes.register.pinned(pin) for key in own]

@@ -166,6 +166,13 @@ class KVCache:
             self._places.load_state(lease, group, spans)
         return True
 
+    def extend_over_pins(self, lease: Lease, spans: Sequence[Span]) -> bool:
+        """The same for a lease that is alone: it takes the places of as many pinned blocks as it lacks."""
+        let_go = self._upkeep.holds.make_room(lease, spans)
+        has_room = self.extend(lease, spans)
+        self._upkeep.holds.hold(let_go)
+        return has_room
+
     def commit(self, lease: Lease, spans: Sequence[Span]) -> None:
         """Publish what a step has computed; let go of what no later step of the request reads."""
         self._computed_tokens += sum(len(span) for span in spans)
@@ -275,10 +282,6 @@ class KVCache:
         self.administration.purges.close()
         if self._below is not None:
             self._below.close()
-
-    def yield_pins(self) -> bool:
-        """Let pinned blocks be evicted, since a request has no room else; whether there were any."""
-        return self._upkeep.holds.let_all_go()
 
     def block_bytes(self, payloads: PayloadStore) -> BlockBytes:
         """Payloads of blocks, one at a time, for export and import."""

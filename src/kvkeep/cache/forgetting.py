@@ -22,7 +22,7 @@ from kvkeep.cache.lifetimes import (
 from kvkeep.cache.pin_holds import PinHolds
 from kvkeep.cache.places import Places
 from kvkeep.planning import DEVICE
-from kvkeep.spec import BlockKey
+from kvkeep.spec import BlockKey, StoredKey
 from kvkeep.tiers.base import Presence
 
 __all__ = ["Forgetting", "Forgotten"]
@@ -39,7 +39,8 @@ Candidates = Iterable[tuple[Labels, Collection[BlockKey]]]
 class Forgotten:
     """Blocks that nobody finds any more, and what of them has been given up so far.
 
-    `deletion` has their objects in tiers; all that is known has been given up when `is_walked`.
+    `deletion` has their objects in tiers; all that is known has been given up when `is_walked`. Where
+    `places` limit it, `keys` and `found` are those that lay there, and `meant` all that were looked for.
     """
 
     def __init__(self, reason: str, places: Collection[str] | None = None) -> None:
@@ -48,6 +49,7 @@ class Forgotten:
         self.keys: set[BlockKey] = set()
         # Those that were not known here.
         self.found: set[BlockKey] = set()
+        self.meant: set[BlockKey] = set()
         self.pinned: set[BlockKey] = set()
         self.num_device_bytes = 0
         self.num_in_use = 0
@@ -139,27 +141,32 @@ class Forgetting:
     def planned(self, query: Query) -> PurgeReceipt:
         """What `begin` would forget."""
         matched = match(query, self._register, self._lifetimes.clock())
+        keys = list(matched.keys)
+        there: set[BlockKey] = set()
         num_bytes, stored = 0, dict[str, int]()
         if query.tiers is None or DEVICE in query.tiers:
+            there.update(self._on_device(keys))
             for ledger in self._places.ledgers:
-                blocks = [one for key in matched.keys if (one := ledger.get(key)) is not None]
+                blocks = [one for key in keys if (one := ledger.get(key)) is not None]
                 num_bytes += ledger.num_bytes(blocks, self._places.spec.block_size)
         for tier in () if self._below is None else self._below.stack.tiers:
             assert self._below is not None
             if query.tiers is not None and tier.name not in query.tiers:
                 continue
             for group in range(len(self._places.ledgers)):
-                there = tier.find([stored_key(key, group) for key in matched.keys])
-                count = there.count(Presence.PRESENT)
-                num_bytes += count * self._below.object_bytes(group)
-                if count:
-                    stored[tier.name] = stored.get(tier.name, 0) + count
+                found = tier.find([stored_key(key, group) for key in keys])
+                own = [key for key, one in zip(keys, found, strict=True) if one is Presence.PRESENT]
+                there.update(own)
+                num_bytes += len(own) * self._below.object_bytes(group)
+                if own:
+                    stored[tier.name] = stored.get(tier.name, 0) + len(own)
+        num_deleted = len(keys) if query.tiers is None else len(there)
         return PurgeReceipt(
-            matched=len(matched.keys) + matched.num_pinned,
-            deleted=len(matched.keys),
+            matched=num_deleted + matched.num_pinned,
+            deleted=num_deleted,
             freed_bytes=num_bytes,
             skipped_pinned=matched.num_pinned,
-            in_use=self.num_in_use(matched.keys),
+            in_use=self.num_in_use(keys),
             stored=stored,
             dry_run=True,
         )
@@ -246,12 +253,35 @@ class Forgetting:
     def _forget(self, forgotten: Forgotten, keys: Sequence[BlockKey]) -> None:
         if forgotten.places is None:
             self._forget_everywhere(forgotten, keys)
-        else:
-            forgotten.keys.update(keys)
-            self._lifetimes.tell_gone(keys, forgotten.reason)
-        if forgotten.places is None or DEVICE in forgotten.places:
             self._forget_here(forgotten, keys)
-        self._delete(forgotten, keys)
+            self._delete(forgotten, keys)
+        else:
+            self._forget_in_places(forgotten, keys, forgotten.places)
+
+    def _forget_in_places(
+        self, forgotten: Forgotten, keys: Sequence[BlockKey], places: Collection[str]
+    ) -> None:
+        """Of blocks that may lie elsewhere only those that lie there are forgotten, and counted."""
+        forgotten.meant.update(keys)
+        if DEVICE in places:
+            here = self._on_device(keys)
+            forgotten.keys.update(here)
+            self._lifetimes.tell_gone(here, forgotten.reason)
+            self._forget_here(forgotten, here)
+
+        def count(deleted: Sequence[StoredKey]) -> None:
+            forgotten.found.update(BlockKey(one[:-1]) for one in deleted)
+
+        groups = range(len(self._places.ledgers))
+        for at, tier in enumerate(() if self._below is None else self._below.stack.tiers):
+            assert self._below is not None
+            if tier.name in places:
+                stored = [stored_key(key, group) for key in keys for group in groups]
+                self._below.deletions.add_found(forgotten.deletion, stored, at, count)
+
+    def _on_device(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
+        gets = [ledger.get for ledger in self._places.ledgers]
+        return [key for key in keys if any(get(key) is not None for get in gets)]
 
     def _forget_everywhere(self, forgotten: Forgotten, keys: Sequence[BlockKey]) -> None:
         self._register.forget(keys)
@@ -279,11 +309,6 @@ class Forgetting:
     def _delete(self, forgotten: Forgotten, keys: Sequence[BlockKey]) -> None:
         if self._below is None or not keys:
             return
-        among = None
-        if forgotten.places is not None:
-            tiers = enumerate(self._below.stack.tiers)
-            among = [at for at, tier in tiers if tier.name in forgotten.places]
-        if among is None or among:
-            groups = range(len(self._places.ledgers))
-            stored = [stored_key(key, group) for key in keys for group in groups]
-            self._below.add_to_deletion(forgotten.deletion, stored, among)
+        groups = range(len(self._places.ledgers))
+        stored = [stored_key(key, group) for key in keys for group in groups]
+        self._below.add_to_deletion(forgotten.deletion, stored)

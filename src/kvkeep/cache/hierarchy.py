@@ -28,7 +28,6 @@ from kvkeep.cache.resting import Resting
 from kvkeep.cache.tier_holds import TierHolds
 from kvkeep.planning import PlannerStats, StoredBlock
 from kvkeep.spec import BlockId, BlockKey, KVSpec, StoredKey
-from kvkeep.tiers.audit import AuditReport, audit
 from kvkeep.tiers.base import Occasion, Presence
 from kvkeep.tiers.lanes import Lane, Results
 from kvkeep.tiers.stack import TierStack
@@ -151,10 +150,6 @@ class Hierarchy:
         return any(
             self.loads.is_loading(stored_key(key, group)) for key in chain.keys for group in groups
         )
-
-    def audit(self) -> list[AuditReport]:
-        """Every object of every tier, read and compared; nothing is taken out."""
-        return [audit(tier, repair=False) for tier in self.stack.tiers]
 
     @property
     def num_moves(self) -> int:

@@ -1,6 +1,7 @@
-"""What the cache knows of blocks, as reports."""
+"""What the cache knows of blocks: where they lie, and reports."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from kvkeep.blocks import BlockLedger, stored_key
 from kvkeep.cache.hierarchy import Hierarchy
@@ -9,40 +10,64 @@ from kvkeep.planning import DEVICE
 from kvkeep.spec import BlockKey
 from kvkeep.tiers.base import Presence
 
-__all__ = ["list_blocks"]
+__all__ = ["Held", "held_blocks", "list_blocks"]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Where a block lies, and the bytes that it takes there."""
+
+    place_to_bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in all places together."""
+        return sum(self.place_to_bytes.values())
+
+
+def held_blocks(
+    keys: Sequence[BlockKey],
+    ledgers: Sequence[BlockLedger],
+    below: Hierarchy | None,
+    block_size: int,
+) -> list[Held]:
+    """Where each block lies. Of tiers behind wires only what is known without asking."""
+    found = [Held() for _ in keys]
+    for ledger in ledgers:
+        for key, held in zip(keys, found, strict=True):
+            block = ledger.get(key)
+            if block is not None:
+                _add(held, DEVICE, ledger.num_bytes([block], block_size))
+    if below is None:
+        return found
+    for at in below.stack.local:
+        tier = below.stack.tiers[at]
+        for group in range(len(ledgers)):
+            num_bytes = below.object_bytes(group)
+            there = tier.find([stored_key(key, group) for key in keys])
+            for held, presence in zip(found, there, strict=True):
+                if presence is Presence.PRESENT:
+                    _add(held, tier.name, num_bytes)
+    return found
 
 
 def list_blocks(
-    keys: Collection[BlockKey],
+    keys: Sequence[BlockKey],
     register: Register,
     ledgers: Sequence[BlockLedger],
     below: Hierarchy | None,
     block_size: int,
 ) -> Iterator[BlockReport]:
-    """A report on each block that has labels. Of tiers behind wires only what is known without asking."""
-    for key in keys:
+    """A report on each block that has labels."""
+    for key, held in zip(keys, held_blocks(keys, ledgers, below, block_size), strict=True):
         labels = register.get(key)
         if labels is None:
             continue
-        num_bytes, places = 0, []
-        for ledger in ledgers:
-            block = ledger.get(key)
-            if block is not None:
-                num_bytes += ledger.num_bytes([block], block_size)
-                places = [DEVICE]
-        for at in () if below is None else below.stack.local:
-            assert below is not None
-            stored = [stored_key(key, group) for group in range(len(ledgers))]
-            there = below.stack.tiers[at].find(stored)
-            if Presence.PRESENT in there:
-                places.append(below.stack.tiers[at].name)
-                held = [group for group, one in enumerate(there) if one is Presence.PRESENT]
-                num_bytes += sum(map(below.object_bytes, held))
         yield BlockReport(
             key=key,
             namespace=labels.namespace,
-            places=tuple(places),
-            num_bytes=num_bytes,
+            places=tuple(held.place_to_bytes),
+            num_bytes=held.num_bytes,
             sessions=tuple(sorted(labels.sessions)),
             is_shared=labels.is_shared,
             tags=tuple(sorted(labels.tags)),
@@ -52,3 +77,7 @@ def list_blocks(
             used_at=register.used_at(key),
             expires_at=None if labels.ends_at == float("inf") else labels.ends_at,
         )
+
+
+def _add(held: Held, place: str, num_bytes: int) -> None:
+    held.place_to_bytes[place] = held.place_to_bytes.get(place, 0) + num_bytes

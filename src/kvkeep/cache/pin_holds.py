@@ -1,10 +1,11 @@
 """Pinned blocks on the device: held, so that nothing evicts them, but never so many that requests starve."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvkeep.blocks import BlockLedger
+from kvkeep.cache.lease import Lease
 from kvkeep.cache.places import Places
-from kvkeep.spec import BlockId, BlockKey, LayerKind
+from kvkeep.spec import BlockId, BlockKey, LayerKind, Span
 
 __all__ = ["PinHolds"]
 
@@ -16,6 +17,8 @@ class PinHolds:
         self._places = places
         self._most = [int(share * ledger.pool.num_blocks) for ledger in places.ledgers]
         self._held: list[dict[BlockKey, BlockId]] = [{} for _ in places.ledgers]
+        # Asked for with every block that may go, and changed seldom.
+        self._holders: frozenset[tuple[int, BlockId]] | None = None
 
     def __bool__(self) -> bool:
         return any(self._held)
@@ -49,10 +52,13 @@ class PinHolds:
 
     def holders(self) -> frozenset[tuple[int, BlockId]]:
         """The same as a set."""
-        return frozenset(self.places()) if self else frozenset()
+        if self._holders is None:
+            self._holders = frozenset(self.places())
+        return self._holders
 
     def hold(self, keys: Iterable[BlockKey]) -> None:
         """Hold what of these is on the device, as far as there is a share left."""
+        self._holders = None
         for key in keys:
             for ledger, held, most in zip(self._ledgers, self._held, self._most, strict=True):
                 block = ledger.get(key)
@@ -62,17 +68,31 @@ class PinHolds:
 
     def let_go(self, keys: Iterable[BlockKey]) -> None:
         """Hold these no more."""
+        self._holders = None
         for key in keys:
             for at, held in enumerate(self._held):
                 block = held.pop(key, None)
                 if block is not None:
                     self._places.release(at, [block])
 
-    def let_all_go(self) -> bool:
-        """Hold nothing any more; whether something was held."""
-        keys = {key for held in self._held for key in held}
-        self.let_go(keys)
-        return bool(keys)
+    def make_room(self, lease: Lease, spans: Sequence[Span]) -> list[BlockKey]:
+        """Hold as many blocks no more as a lease alone lacks for `spans`, those pinned last before others.
+
+        Returns them, for `hold` once the lease has its places: another may have gone instead.
+        """
+        self._holders = None
+        let_go: list[BlockKey] = []
+        for at, (ledger, held) in enumerate(zip(self._ledgers, self._held, strict=True)):
+            numbers = self._places.missing_blocks(lease, at, spans)
+            for key, block in reversed(list(held.items())):
+                if ledger.pool.has_room(len(numbers), with_first=0 in numbers):
+                    break
+                # What the lease uses itself frees no place.
+                if ledger.pool.num_holders(block) == 1:
+                    del held[key]
+                    self._places.release(at, [block])
+                    let_go.append(key)
+        return let_go[::-1]
 
     @property
     def _ledgers(self) -> "tuple[BlockLedger, ...]":

@@ -6,6 +6,7 @@ from enum import StrEnum
 from functools import partial
 from math import nextafter
 
+from kvkeep.cache.deletions import Deletion
 from kvkeep.cache.forgetting import Forgotten
 from kvkeep.cache.hierarchy import Hierarchy
 from kvkeep.cache.lease import Lease
@@ -115,14 +116,17 @@ class Purges:
         return self._forgetting.planned(query) if dry_run else self.begin(query).wait()
 
     def outdate(self, claim: Claim) -> None:
-        """Forget what depends on other versions of what a new request depends on."""
-        query = self._lifetimes.outdating(claim)
-        if query is None:
-            return
-        # What the request itself computes is younger, whenever tiers are looked through.
-        until = self._lifetimes.clock() + self._lifetimes.settings.max_clock_skew_s
-        elsewhere = replace(query, created_before=nextafter(until, 0.0))
-        self._begin(query, elsewhere, Reach.SOON)
+        """Forget what depends on other versions of what a new request depends on; failing ends its claim."""
+        try:
+            query = self._lifetimes.outdating(claim)
+            if query is not None:
+                # What the request itself computes is younger, whenever tiers are looked through.
+                until = self._lifetimes.clock() + self._lifetimes.settings.max_clock_skew_s
+                elsewhere = replace(query, created_before=nextafter(until, 0.0))
+                self._begin(query, elsewhere, Reach.SOON)
+        except BaseException:
+            self._lifetimes.close(claim)
+            raise
 
     def expire(self) -> PurgeReceipt:
         """Forget what has expired, and end sessions that nobody used for too long."""
@@ -154,6 +158,8 @@ class Purges:
         self._forgetting.finish()
         if self._restoring is not None:
             self._restoring.close()
+        if self._journal is not None:
+            self._journal.close()
 
     # --- parts -----------------------------------------------------------------------------------
 
@@ -163,65 +169,88 @@ class Purges:
             # When blocks were used last is forgotten: they count as unused.
             self.wait_until_restored()
             reach = Reach.KNOWN
-        deletion = self._begin(query, query, reach, unfinished.purge_id).deletion
-        for at, tier in enumerate(() if self._below is None else self._below.stack.tiers):
+        deletion = self._begin(query, query, reach, unfinished).deletion
+        for at, name in enumerate(self._tier_names()):
             assert self._below is not None
-            self._below.deletions.add(deletion, unfinished.left.get(tier.name, ()), (at,))
+            self._below.deletions.add(deletion, unfinished.left.get(name, ()), (at,))
 
     def _follow(self, other: Unfinished) -> None:
-        """Forget what another process purges, which looks itself for what is not known here."""
+        """Forget what another process purges, which looks itself for what is not known in its tiers."""
         query = other.query
         # Of which tiers it is the other that sees to it, and what was used last here only we know.
-        if query.tiers is None and query.used_before is None:
-            self._lifetimes.void(query)
-            self._lifetimes.purged.end(self._lifetimes.purged.begin(query, self._lifetimes.clock()))
-            self._forgetting.begin(query, "invalidated")
+        if query.tiers is not None or query.used_before is not None:
+            return
+        now_s = self._lifetimes.clock()
+        self._lifetimes.void(query)
+        bounded = self._lifetimes.purged.begin(query, now_s)
+        forgotten = self._forgetting.begin(query, "invalidated")
+        own = set(self._tier_names()) - other.tiers if other.tiers else ()
+        if own:
+            assert self._below is not None
+            assert self._journal is not None
+            purge_id = self._journal.begin(query, now_s, tiers=own, origin=other)
+            self._note(forgotten.deletion, purge_id)
+            forgotten.deletion.when_done(partial(self._lifetimes.purged.end, bounded))
+            self._search(self._below, forgotten, query, own, is_urgent=False)
+        else:
+            self._lifetimes.purged.end(bounded)
 
     def _begin(
-        self, query: Query, elsewhere: Query, reach: Reach, purge_id: str | None = None
+        self, query: Query, elsewhere: Query, reach: Reach, unfinished: Unfinished | None = None
     ) -> Forgotten:
         """Forget what `query` means of what is known, and what `elsewhere` means of the rest."""
-        now_s = self._lifetimes.clock()
-        if query.tiers is None:
+        now_s, names = self._lifetimes.clock(), self._tier_names()
+        if query.tiers is not None:
+            names = [name for name in names if name in query.tiers]
+        else:
             self._lifetimes.void(query)
+        purge_id = None if unfinished is None else unfinished.purge_id
         if self._journal is not None and purge_id is None:
-            purge_id = self._journal.begin(elsewhere, now_s)
+            purge_id = self._journal.begin(elsewhere, now_s, tiers=names)
         forgotten = self._forgetting.begin(query, "invalidated")
+        deletion = forgotten.deletion
+        if query.tiers is not None:
+            forget = self._upkeep.forget_homeless
+            deletion.when_done(partial(forget, forgotten.meant, "invalidated"))
         if self._below is not None:
-            deletion = forgotten.deletion
-            if self._journal is not None and purge_id is not None:
-                self._below.deletions.add_job(deletion, self._journal.sync)
-                deletion.on_left = partial(self._journal.leave, purge_id)
-                deletion.when_done(partial(self._journal.finish, purge_id))
+            if purge_id is not None:
+                # What lies in tiers that this process lacks is for one that has them.
+                is_all = unfinished is None or unfinished.is_within(self._tier_names())
+                self._note(deletion, purge_id, ends=is_all)
             if query.tiers is None and query.used_before is None:
                 bounded = self._lifetimes.purged.begin(elsewhere, now_s)
                 deletion.when_done(partial(self._lifetimes.purged.end, bounded))
             if reach is not Reach.KNOWN:
-                self._search(self._below, forgotten, elsewhere, is_urgent=reach is Reach.NOW)
+                is_urgent = reach is Reach.NOW
+                self._search(self._below, forgotten, elsewhere, names, is_urgent=is_urgent)
         return forgotten
+
+    def _note(self, deletion: Deletion, purge_id: str, *, ends: bool = True) -> None:
+        """Have the journal follow a purge, to its end if it `ends` here."""
+        assert self._journal is not None
+        assert self._below is not None
+        self._below.deletions.add_job(deletion, self._journal.sync)
+        deletion.on_left = partial(self._journal.leave, purge_id)
+        if ends:
+            deletion.when_done(partial(self._journal.finish, purge_id))
+
+    def _tier_names(self) -> list[str]:
+        return [] if self._below is None else [tier.name for tier in self._below.stack.tiers]
 
     def _purge(self, forgotten: Forgotten) -> Purge:
         return Purge(forgotten, self._upkeep, self._below)
 
     def _search(
-        self, below: Hierarchy, forgotten: Forgotten, query: Query, *, is_urgent: bool
+        self,
+        below: Hierarchy,
+        forgotten: Forgotten,
+        query: Query,
+        names: Collection[str],
+        *,
+        is_urgent: bool,
     ) -> None:
-        """Look in tiers for what is not known here, and forget it as part of a purge."""
-        settings, register = self._lifetimes.settings, self._lifetimes.register
+        """Look in tiers of these names for what is not known here, and forget it as part of a purge."""
         tiers = below.stack.tiers
-        names = {tier.name for tier in tiers} if query.tiers is None else set(query.tiers)
-
-        def is_known(key: BlockKey) -> bool:
-            return key in register or key in forgotten.keys
-
-        def take(found: Found) -> None:
-            # What is known here is given up without looking.
-            unknown = [one for one in found.meant if not is_known(BlockKey(one[:-1]))]
-            forgotten.pinned.update(one for one in found.pinned if one not in register)
-            below.deletions.add_found(forgotten.deletion, unknown, found.at, count)
-
-        def count(deleted: Sequence[StoredKey]) -> None:
-            forgotten.found.update(BlockKey(one[:-1]) for one in deleted)
 
         def end(missed: Sequence[int]) -> None:
             for at in missed:
@@ -242,12 +271,39 @@ class Purges:
         deletion.begin_job()
         search = Search(
             query=query,
-            until=self._lifetimes.clock() + settings.max_clock_skew_s,
+            until=self._lifetimes.clock() + self._lifetimes.settings.max_clock_skew_s,
             among=[at for at, tier in enumerate(tiers) if tier.name in names],
-            on_found=take,
+            on_found=partial(self._take, below, forgotten, query),
             on_done=end,
         )
         searches.add(search, is_urgent=is_urgent)
+
+    def _take(self, below: Hierarchy, forgotten: Forgotten, query: Query, found: Found) -> None:
+        register = self._lifetimes.register
+
+        def count(deleted: Sequence[StoredKey]) -> None:
+            forgotten.found.update(BlockKey(one[:-1]) for one in deleted)
+
+        stored_to_key = {one: BlockKey(one[:-1]) for one in found.meant}
+        # What is purged here is given up without looking.
+        rest = [one for one, key in stored_to_key.items() if not self._goes(forgotten, query, key)]
+        unknown = [one for one in rest if stored_to_key[one] not in register]
+        below.deletions.add_found(forgotten.deletion, unknown, found.at, count)
+        # What lives here under labels that are not meant stays here.
+        others = [one for one in rest if self._lives(query, stored_to_key[one])]
+        below.deletions.add_found(forgotten.deletion, others, found.at, below.copies.unremember)
+        forgotten.pinned.update(one for one in found.pinned if one not in register)
+
+    def _goes(self, forgotten: Forgotten, query: Query, key: BlockKey) -> bool:
+        if key in forgotten.keys or self._lifetimes.register.is_buried(key):
+            return True
+        labels = None if query.tiers is None else self._lifetimes.register.get(key)
+        return labels is not None and query.means(key, labels)
+
+    def _lives(self, query: Query, key: BlockKey) -> bool:
+        """Whether a block is known here, and not kept by a pin that the query spares."""
+        labels = self._lifetimes.register.get(key)
+        return labels is not None and (query.include_pinned or not labels.pins)
 
     def _sweep(self) -> list[Purge]:
         now_s, register = self._lifetimes.clock(), self._lifetimes.register

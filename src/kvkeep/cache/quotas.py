@@ -1,6 +1,6 @@
 """Quotas: how many bytes the blocks of a tenant may take, altogether or in one place."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from kvkeep.blocks import stored_key
@@ -51,7 +51,10 @@ class Quotas:
 
     def used_bytes(self, share: Share) -> int:
         """What it takes."""
-        return sum(self._bytes_of(share.place, self._own(share)).values())
+        if share.place is None:
+            return self._num_own(share) * self._block_bytes
+        own = self._own(share)
+        return sum(self._used_in_group(share.place, group, own) for group in self._groups)
 
     def excess(self, share: Share, in_use: Callable[[BlockKey], bool]) -> Collection[BlockKey]:
         """Blocks that are to go for a share to keep its limit, none of them pinned, nor in use where it lies.
@@ -59,22 +62,12 @@ class Quotas:
         Those of the lowest priority first, of these the longest unused.
         """
         limit = self._limits[share]
-        own = self._own(share)
-        if len(own) * self._most_bytes(share.place) <= limit:
+        if self._num_own(share) * self._most_bytes(share.place) <= limit:
             return ()
-        key_to_bytes = self._bytes_of(share.place, own)
-        used = sum(key_to_bytes.values())
+        used = self.used_bytes(share)
         if used <= limit:
             return ()
-        excess: list[BlockKey] = []
-        is_here = share.place in (None, DEVICE)
-        for key in self._least_useful_first(share):
-            if used <= limit * (1 - _SLACK):
-                break
-            if key in key_to_bytes and not (is_here and in_use(key)):
-                excess.append(key)
-                used -= key_to_bytes[key]
-        return excess
+        return self._least_useful(share, used - limit * (1 - _SLACK), in_use)
 
     def check_pins(self, namespace: BlockKey, keys: Collection[BlockKey]) -> None:
         """Raise PinCapacityError where a tenant would pin more than it may have: pinned blocks never go."""
@@ -101,25 +94,58 @@ class Quotas:
         groups = self._register.of_namespace(share.namespace)
         return [key for _, keys in groups for key in keys]
 
-    def _least_useful_first(self, share: Share) -> list[BlockKey]:
-        order = {key: at for at, key in enumerate(self._register)}
+    def _num_own(self, share: Share) -> int:
+        return sum(len(keys) for _, keys in self._register.of_namespace(share.namespace))
+
+    def _least_useful(
+        self, share: Share, num_bytes: float, in_use: Callable[[BlockKey], bool]
+    ) -> Sequence[BlockKey]:
+        """The first to go that take so many bytes, or all that may go."""
+        is_here = share.place in (None, DEVICE)
+        key_to_bytes: dict[BlockKey, int] = {}
+        key_to_rank: dict[BlockKey, int] = {}
+        num_reached = 0
+        for rank, keys in enumerate(self._by_use(share)):
+            if num_reached >= num_bytes:
+                break
+            for key, taken in self._bytes_of(share.place, keys).items():
+                if not (is_here and in_use(key)):
+                    key_to_bytes[key], key_to_rank[key] = taken, rank
+                    num_reached += taken
         # Within one use the end of a chain goes first: without its beginning it cannot be reused.
-        ranked = [
-            (labels.priority, self._register.used_at(key) or 0.0, -order[key], key)
-            for labels, keys in self._register.of_namespace(share.namespace)
-            if not labels.pins
-            for key in keys
-        ]
-        return [key for *_, key in sorted(ranked)]
+        latest_first = [key for key in self._register if key in key_to_rank][::-1]
+        excess: list[BlockKey] = []
+        for key in sorted(latest_first, key=key_to_rank.__getitem__):
+            if num_bytes <= 0:
+                break
+            excess.append(key)
+            num_bytes -= key_to_bytes[key]
+        return excess
+
+    def _by_use(self, share: Share) -> Iterator[Sequence[BlockKey]]:
+        """Blocks that are not pinned, those of one priority and last use together, the least useful first."""
+        used_at = self._register.used_at
+        ranked: dict[tuple[int, float], list[BlockKey]] = {}
+        for labels, keys in self._register.of_namespace(share.namespace):
+            for key in () if labels.pins else keys:
+                ranked.setdefault((labels.priority, used_at(key) or 0.0), []).append(key)
+        return (ranked[rank] for rank in sorted(ranked))
 
     def _most_bytes(self, place: str | None) -> int:
         """What a block takes in a place at most."""
         if place in (None, DEVICE):
             return self._block_bytes
-        assert self._below is not None
-        return sum(map(self._below.object_bytes, self._groups))
+        return sum(map(self._object_bytes, self._groups))
 
-    def _bytes_of(self, place: str | None, keys: Sequence[BlockKey]) -> dict[BlockKey, int]:
+    def _used_in_group(self, place: str, group: int, keys: Sequence[BlockKey]) -> int:
+        if place == DEVICE:
+            ledger = self._places.ledgers[group]
+            blocks = [block for block in map(ledger.get, keys) if block is not None]
+            return ledger.num_bytes(blocks, self._places.spec.block_size)
+        found = self._find(place, group, keys)
+        return found.count(Presence.PRESENT) * self._object_bytes(group)
+
+    def _bytes_of(self, place: str | None, keys: Collection[BlockKey]) -> dict[BlockKey, int]:
         """What blocks take in a place, where they lie there."""
         if place is None:
             return dict.fromkeys(keys, self._block_bytes)
@@ -130,24 +156,37 @@ class Quotas:
         return key_to_bytes
 
     def _bytes_of_group(
-        self, place: str, group: int, keys: Sequence[BlockKey]
+        self, place: str, group: int, keys: Collection[BlockKey]
     ) -> dict[BlockKey, int]:
         if place == DEVICE:
-            ledger, size = self._places.ledgers[group], self._places.spec.block_size
-            return {
-                key: ledger.num_bytes([block], size)
-                for key in keys
-                if (block := ledger.get(key)) is not None
+            ledger = self._places.ledgers[group]
+            here = [(key, block) for key in keys if (block := ledger.get(key)) is not None]
+            counts = [ledger.pool.counts((block,)) for _, block in here]
+            size = self._places.spec.block_size
+            # A ledger has blocks of two sizes at most.
+            counts_to_bytes = {
+                count: ledger.num_bytes((block,), size)
+                for count, (_, block) in dict(zip(counts, here, strict=True)).items()
             }
-        assert self._below is not None
-        (tier,) = (tier for tier in self._below.stack.tiers if tier.name == place)
-        found = tier.find([stored_key(key, group) for key in keys])
-        num_bytes = self._below.object_bytes(group)
+            return {
+                key: counts_to_bytes[count] for (key, _), count in zip(here, counts, strict=True)
+            }
+        found = self._find(place, group, keys)
+        num_bytes = self._object_bytes(group)
         return {
             key: num_bytes
             for key, presence in zip(keys, found, strict=True)
             if presence is Presence.PRESENT
         }
+
+    def _find(self, place: str, group: int, keys: Collection[BlockKey]) -> list[Presence]:
+        assert self._below is not None
+        (tier,) = (tier for tier in self._below.stack.tiers if tier.name == place)
+        return tier.find([stored_key(key, group) for key in keys])
+
+    def _object_bytes(self, group: int) -> int:
+        assert self._below is not None
+        return self._below.object_bytes(group)
 
     def _check_place(self, place: str | None) -> None:
         stack = None if self._below is None else self._below.stack

@@ -131,6 +131,12 @@ class VerifyReport:
     blocks_checked: int
     problems: tuple[str, ...]
 
+    def __add__(self, other: "VerifyReport") -> "VerifyReport":
+        return VerifyReport(
+            blocks_checked=self.blocks_checked + other.blocks_checked,
+            problems=self.problems + other.problems,
+        )
+
     @property
     def ok(self) -> bool:
         """Whether every invariant holds."""

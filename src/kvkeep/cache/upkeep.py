@@ -169,20 +169,15 @@ class Upkeep:
             self._unpruned[-_PRUNED_AT_ONCE:],
             self._unpruned[:-_PRUNED_AT_ONCE],
         )
-        # What is dead goes in its own way, which also takes it out of tiers.
-        dead = register.dead(some, self.lifetimes.clock())
-        gone = [
-            key
-            for key in some
-            if key in register and key not in dead and not self.is_somewhere(key)
-        ]
-        register.forget(gone)
-        self._first.difference_update(gone)
-        if self._below is not None:
-            self._below.relabels.forget(gone)
-        self.lifetimes.tell_gone(gone, "evicted")
+        self._forget_homeless(some, "evicted")
         if not self._unpruned:
             self._prune_at = max(_FEWEST_PRUNED, 2 * len(register))
+
+    def forget_homeless(self, keys: Collection[BlockKey], reason: str) -> None:
+        """Forget the labels of those that lie nowhere any more: of the first now, of the rest in slices."""
+        some = list(keys)
+        self._forget_homeless(some[:_PRUNED_AT_ONCE], reason)
+        self._unpruned += some[_PRUNED_AT_ONCE:]
 
     def is_somewhere(self, key: BlockKey) -> bool:
         """Whether a block lies on the device, in a tier as far as that is known, or on the way between."""
@@ -193,6 +188,21 @@ class Upkeep:
         )
 
     # --- parts -----------------------------------------------------------------------------------
+
+    def _forget_homeless(self, keys: Collection[BlockKey], reason: str) -> None:
+        register = self.lifetimes.register
+        # What is dead goes in its own way, which also takes it out of tiers.
+        dead = register.dead(keys, self.lifetimes.clock())
+        gone = [
+            key
+            for key in keys
+            if key in register and key not in dead and not self.is_somewhere(key)
+        ]
+        register.forget(gone)
+        self._first.difference_update(gone)
+        if self._below is not None:
+            self._below.relabels.forget(gone)
+        self.lifetimes.tell_gone(gone, reason)
 
     def _revive(self, keys: Sequence[BlockKey]) -> None:
         """A request has computed these anew, some of them before they were given up."""

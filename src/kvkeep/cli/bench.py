@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kvkeep.cli.console import Command, emit_json, stderr, stdout, working
-from kvkeep.cli.doctor_tables import new_table, show_table
+from kvkeep.cli.doctor_tables import new_table, show_whole_table
 from kvkeep.cli.options import default_of, json_option
 from kvkeep.config import EngineSettings
 from kvkeep.config.sizes import format_bytes
@@ -192,7 +192,7 @@ def _show(console: Console, title: str, reports: "Sequence[ReplayReport]") -> No
             f"{report.policy_s / max(1, passed.num_lookups) * 1e6:.2f} µs",
             f"{report.lookups_per_s:,.0f}",
         )
-    show_table(console, f"{title}: found in all places together", table)
+    show_whole_table(console, f"{title}: found in all places together", table)
     if reports[0].settings.tiers:
         console.print()
         _show_places(console, reports)
@@ -233,4 +233,4 @@ def _show_places(console: Console, reports: "Sequence[ReplayReport]") -> None:
                 f"{level.num_evictions:,}",
                 f"{level.policy_s / max(1, report.passed.num_lookups) * 1e6:.2f} µs",
             )
-    show_table(console, "Each place", table)
+    show_whole_table(console, "Each place", table)

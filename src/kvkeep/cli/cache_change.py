@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from kvkeep.cli.cache_folder import Chosen, folder_purge
-from kvkeep.cli.cache_look import folder_option
+from kvkeep.cli.cache_folder import Chosen, check_key_start, folder_purge
+from kvkeep.cli.cache_look import folder_option, refuse_with_folder
 from kvkeep.cli.cache_tables import show_purge
 from kvkeep.cli.client import (
     RefusedError,
@@ -22,6 +22,7 @@ from kvkeep.cli.client import (
 from kvkeep.cli.console import (
     EXIT_CHECK_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_USAGE,
     emit_json,
     format_seconds,
     show_error,
@@ -30,12 +31,15 @@ from kvkeep.cli.console import (
 )
 from kvkeep.cli.options import json_option
 from kvkeep.config.sizes import format_bytes
-from kvkeep.config.warm import WarmPrompt, prompt_fields, read_prompts
+from kvkeep.config.warm import WarmPrompt, check_kept, prompt_fields, read_prompts
 
 __all__ = ["change_commands"]
 
 # What a context has beyond its prompt.
 _ONLY_KEPT = ("ttl", "tags", "pin")
+# What the names of contexts' pins begin with.
+_OF_CONTEXT = "context:"
+_NOT_FOUND = 404
 salt_option = click.option("--salt", help="As the requests of one tenant.")
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Say what would be done, and do nothing."
@@ -84,8 +88,11 @@ def _prompts(file: str, options: dict[str, Any]) -> list[WarmPrompt]:
     kept = {name: options[name] for name in ("ttl", "tags", "pin", "salt") if options[name]}
     if file != "-":
         return list(read_prompts(Path(file), name=options["name"], kept=kept))
-    name = options["name"] or file
-    return [WarmPrompt(name=name, fields={"prompt": sys.stdin.read(), **kept})]
+    name, text = options["name"] or file, sys.stdin.read()
+    if not text.strip():
+        raise click.UsageError("stdin is empty; write a prompt into it")
+    check_kept(kept)
+    return [WarmPrompt(name=name, fields={"prompt": text, **kept})]
 
 
 def _warm_one(client: ServerClient, one: WarmPrompt, *, dry_run: bool) -> dict[str, Any]:
@@ -141,8 +148,17 @@ def pin(*, name: str, file: str | None, as_json: bool, **options: Any) -> None:
 @server_options
 @json_option
 def unpin(*, name: str, as_json: bool, **options: Any) -> None:
-    """End a pin."""
-    found = client_of(options).delete(path_of("v1", "cache", "pins", name))
+    """End a pin.
+
+    NAME is the pin's; that of a context is "context:" and the name of the context.
+    """
+    try:
+        found = client_of(options).delete(path_of("v1", "cache", "pins", name))
+    except RefusedError as error:
+        if error.status != _NOT_FOUND or name.startswith(_OF_CONTEXT):
+            raise
+        hint = f"the pin of a context {name} is {_OF_CONTEXT}{name}"
+        raise RefusedError(error.status, f"{error}; {hint}") from error
     if as_json:
         emit_json(found)
     else:
@@ -164,12 +180,14 @@ def unpin(*, name: str, as_json: bool, **options: Any) -> None:
 @dry_run_option
 @server_options
 @json_option
-def rm(*, folder: Path | None, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def rm(ctx: click.Context, /, *, folder: Path | None, as_json: bool, **options: Any) -> None:
     """Forget blocks, wherever they lie.
 
     They are chosen by KEY, session, context, tag, prompt or age; each choice has a receipt of its own.
     """
     if folder is not None:
+        refuse_with_folder(ctx, "contexts", "file", "salt", "tiers", "tenant")
         receipts = [folder_purge(folder, _chosen(options), dry_run=options["dry_run"])]
     else:
         receipts = list(_removed(client_of(options), options))
@@ -185,9 +203,6 @@ def rm(*, folder: Path | None, as_json: bool, **options: Any) -> None:
 
 
 def _chosen(options: dict[str, Any]) -> Chosen:
-    for name in ("contexts", "file", "salt", "tiers"):
-        if options[name]:
-            raise click.UsageError(f"--{name.rstrip('s')} needs a server; leave --folder out")
     return Chosen(
         keys=tuple(options["keys"]),
         sessions=tuple(options["sessions"]),
@@ -201,6 +216,8 @@ def _chosen(options: dict[str, Any]) -> Chosen:
 def _removed(client: ServerClient, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One receipt for each thing that is to go."""
     dry_run, salt = options["dry_run"], options["salt"]
+    for key in options["keys"]:
+        check_key_start(key)
     for key in options["keys"]:
         path = path_of("v1", "cache", "entries", key)
         yield client.delete(path, dry_run=dry_run, include_pinned=options["include_pinned"])
@@ -238,11 +255,16 @@ def _common(options: dict[str, Any]) -> dict[str, Any]:
 @dry_run_option
 @server_options
 @json_option
-def clear(*, folder: Path | None, yes: bool, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def clear(
+    ctx: click.Context, /, *, folder: Path | None, yes: bool, as_json: bool, **options: Any
+) -> None:
     """Forget everything.
 
     After a look at what that is, and a question, which --yes leaves out.
     """
+    if folder is not None:
+        refuse_with_folder(ctx, "salt", "tiers", "tenant")
     what = str(folder) if folder is not None else options["url"]
     is_asked = not (yes or options["dry_run"])
     if is_asked:
@@ -265,18 +287,17 @@ def _confirm(question: str) -> None:
     try:
         if click.confirm(question, err=True):
             return
-    except click.Abort:
+    except click.Abort as error:
         click.echo("\nnothing was removed; --yes asks no question", err=True)
-        context.exit(EXIT_INTERRUPTED)
+        # The end of stdin is no Ctrl-C: nobody is there to answer.
+        is_silent = isinstance(error.__context__, EOFError)
+        context.exit(EXIT_USAGE if is_silent else EXIT_INTERRUPTED)
     click.echo("nothing was removed", err=True)
     context.exit(EXIT_CHECK_FAILED)
 
 
 def _cleared(folder: Path | None, options: dict[str, Any], *, dry_run: bool) -> dict[str, Any]:
     if folder is not None:
-        for name in ("tiers", "salt"):
-            if options[name]:
-                raise click.UsageError(f"--{name.rstrip('s')} needs a server; leave --folder out")
         chosen = Chosen(everything=True, include_pinned=options["include_pinned"])
         return folder_purge(folder, chosen, dry_run=dry_run)
     body = {"all": True, **_common(options | {"dry_run": dry_run})}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvkeep.cli.client import RefusedError
 from kvkeep.config.durations import parse_duration
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Chosen",
+    "check_key_start",
+    "folder_blocks",
     "folder_groups",
     "folder_purge",
     "folder_show",
@@ -37,6 +40,8 @@ _VERIFY_S = 60.0
 _PLACE = "disk"
 _KEY_BYTES = 32
 _LEAST_DIGITS = 8
+# As a server says that there is no such block.
+_NOT_FOUND = 404
 # A folder that a tier has had holds the blocks, and beside them at least one of these.
 _BLOCKS, _BESIDE_BLOCKS = "objects", ("index.sqlite", "ledger", "quarantine")
 
@@ -101,6 +106,20 @@ def folder_groups(folder: Path, *, session: str | None, tag: str | None) -> list
     return sorted(rows.values(), key=lambda row: -row["bytes"])
 
 
+def folder_blocks(folder: Path, *, session: str | None, tag: str | None) -> list[dict[str, Any]]:
+    """Every block by itself, the largest first."""
+    with opened_folder(folder) as tier:
+        found = [one for one in _objects(tier) if _has(one, session, tag)]
+    rows: dict[bytes, dict[str, Any]] = {}
+    for one in found:
+        key = one.key[:_KEY_BYTES]
+        own = {"object": "cache.entry", "id": key.hex(), "blocks": 1}
+        row = rows.setdefault(key, _row(one.labels) | own)
+        row["bytes"] += one.num_bytes
+        row["tiers"][_PLACE] += 1
+    return sorted(rows.values(), key=lambda row: (-row["bytes"], row["id"]))
+
+
 def folder_show(folder: Path, key: str) -> dict[str, Any]:
     """One block by its key in hex, without or with the number of a KV group, or by its first digits."""
     with opened_folder(folder) as tier:
@@ -108,8 +127,9 @@ def folder_show(folder: Path, key: str) -> dict[str, Any]:
     wanted = _key(key, stored)
     found = [one for one in stored if one.key.startswith(wanted)]
     if not found:
-        raise click.UsageError(
-            f"{folder} has no block {key}; kvkeep cache verify reads all of them"
+        raise RefusedError(
+            _NOT_FOUND,
+            f"{folder} has no block {key}; kvkeep cache ls --blocks --folder {folder} has all keys",
         )
     row = _row(found[0].labels)
     return {
@@ -198,20 +218,28 @@ def _objects(tier: "DiskTier") -> Iterator[_Stored]:
 
 def _key(text: str, stored: Sequence[_Stored]) -> bytes:
     """The key that `text` writes, or begins to write where one block alone begins so."""
-    is_whole = len(text) in (2 * _KEY_BYTES, 2 * _KEY_BYTES + 2)
-    is_hex = all(digit in hexdigits for digit in text)
-    if not (is_hex and (is_whole or _LEAST_DIGITS <= len(text) < 2 * _KEY_BYTES)):
-        raise click.UsageError(
-            f"KEY={text!r:.80} is no key of a block; give its {2 * _KEY_BYTES} hex digits, or the first "
-            f"{_LEAST_DIGITS} or more"
-        )
-    if is_whole:
+    check_key_start(text)
+    if len(text) >= 2 * _KEY_BYTES:
         return bytes.fromhex(text)
     blocks = {one.key[:_KEY_BYTES] for one in stored if one.key.hex().startswith(text.lower())}
     if len(blocks) != 1:
         found = "no block" if not blocks else f"{len(blocks)} blocks"
-        raise click.UsageError(f"KEY={text!r} begins {found}; kvkeep cache ls --json has all keys")
+        raise RefusedError(
+            _NOT_FOUND,
+            f"KEY={text!r} begins {found}; kvkeep cache ls --blocks --folder FOLDER has all keys",
+        )
     return bytes(blocks.pop())
+
+
+def check_key_start(text: str, *, remedy: str = "") -> None:
+    """Raise UsageError unless `text` can be the key of a block in hex, or its first digits."""
+    is_long_enough = _LEAST_DIGITS <= len(text) < 2 * _KEY_BYTES
+    is_whole = len(text) in (2 * _KEY_BYTES, 2 * _KEY_BYTES + 2)
+    if not (is_long_enough or is_whole) or any(digit not in hexdigits for digit in text):
+        raise click.UsageError(
+            f"KEY={text!r:.80} is no key of a block; give its {2 * _KEY_BYTES} hex digits, or the first "
+            f"{_LEAST_DIGITS} or more{', ' if remedy else ''}{remedy}"
+        )
 
 
 def _has(one: _Stored, session: str | None, tag: str | None) -> bool:
@@ -233,7 +261,7 @@ def _is_meant(one: _Stored, chosen: Chosen, keys: list[bytes], before_s: float) 
     )
     return (
         (not chosen.sessions or is_own)
-        and (not chosen.tags or not labels.tags.isdisjoint(chosen.tags))
+        and (not chosen.tags or labels.bears(set(chosen.tags)))
         and labels.created_at <= before_s
     )
 

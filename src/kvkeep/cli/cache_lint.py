@@ -50,6 +50,7 @@ def lint(
             raise click.UsageError(
                 f"{file} has no prompt; a request needs messages, prompt, input, system or instructions"
             )
+        _check_forms(file, request)
         findings = lint_request(request, count, earlier=earlier, template=template)
         found += [(file, one) for one in findings]
         earlier = request
@@ -59,6 +60,28 @@ def lint(
         _show(found)
     if any(one.severity is Severity.BREAKS for _, one in found):
         ctx.exit(EXIT_CHECK_FAILED)
+
+
+def _check_forms(file: str, request: dict[str, Any]) -> None:
+    """Raise UsageError for a prompt that no server would take: of it nothing can be said."""
+    for name in ("prompt", "input", "system", "instructions"):
+        if not isinstance(request.get(name), str | list | None):
+            raise click.UsageError(
+                f"{file}: {name}={request[name]!r:.80} is no prompt; give text or a list"
+            )
+    messages = request.get("messages")
+    if messages is None:
+        return
+    if not isinstance(messages, list):
+        raise click.UsageError(
+            f"{file}: messages={messages!r:.80} is no list; give messages as in chat"
+        )
+    for number, message in enumerate(messages):
+        is_message = isinstance(message, dict) and ("content" in message or "tool_calls" in message)
+        if not is_message:
+            raise click.UsageError(
+                f"{file}: messages[{number}]={message!r:.80} has no content; give it"
+            )
 
 
 def _show(found: "list[tuple[str, Finding]]") -> None:

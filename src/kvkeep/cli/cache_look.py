@@ -1,5 +1,6 @@
 """`kvkeep cache ls|show|stats|lookup|watch`: questions, to a server or about a folder of blocks."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -7,20 +8,42 @@ from typing import Any
 import click
 from rich.text import Text
 
-from kvkeep.cli.cache_folder import folder_groups, folder_show, folder_state
+from kvkeep.cli.cache_folder import (
+    check_key_start,
+    folder_blocks,
+    folder_groups,
+    folder_show,
+    folder_state,
+)
 from kvkeep.cli.cache_tables import show_groups, show_kind, show_known, show_state
 from kvkeep.cli.client import (
+    Rows,
+    ServerClient,
     ServerCommand,
     client_of,
     path_of,
     read_json_file,
     server_options,
 )
-from kvkeep.cli.console import emit_json, stdout
+from kvkeep.cli.console import emit_json, stderr, stdout
 from kvkeep.cli.options import json_option
+from kvkeep.cli.tier_options import is_given
+from kvkeep.config.nearest import nearest_hint
 from kvkeep.config.warm import prompt_fields
 
-__all__ = ["folder_option", "look_commands"]
+__all__ = ["folder_option", "look_commands", "refuse_with_folder"]
+
+_BLOCKS = "blocks"
+_KINDS = ("sessions", "contexts", "pins", _BLOCKS)
+# What may narrow or order a list, by what is listed; None is blocks together by their labels.
+_CHOICES = ("session", "tag", "tier", "salt", "sort")
+_KIND_TO_CHOICES: dict[str | None, tuple[str, ...]] = {
+    None: _CHOICES[:-1],
+    _BLOCKS: _CHOICES,
+    "sessions": ("salt",),
+    "contexts": ("salt",),
+    "pins": (),
+}
 
 folder_option = click.option(
     "--folder",
@@ -31,10 +54,10 @@ salt_option = click.option("--salt", help="Those of one tenant.")
 
 
 @click.command(cls=ServerCommand)
-@click.option("--sessions", "kind", flag_value="sessions", help="Sessions in place of blocks.")
-@click.option("--contexts", "kind", flag_value="contexts", help="Named contexts.")
-@click.option("--pins", "kind", flag_value="pins", help="Pins.")
-@click.option("--blocks", "kind", flag_value="blocks", help="Every block by itself.")
+@click.option("--sessions", is_flag=True, help="Sessions in place of blocks.")
+@click.option("--contexts", is_flag=True, help="Named contexts.")
+@click.option("--pins", is_flag=True, help="Pins.")
+@click.option("--blocks", is_flag=True, help="Every block by itself.")
 @click.option("--session", help="Blocks that a session uses.")
 @click.option("--tag", help="Blocks with a tag.")
 @click.option("--tier", help='Blocks in a tier, "device" is one.')
@@ -52,67 +75,104 @@ salt_option = click.option("--salt", help="Those of one tenant.")
 @folder_option
 @server_options
 @json_option
-def ls(*, kind: str | None, folder: Path | None, as_json: bool, limit: int, **options: Any) -> None:
+@click.pass_context
+def ls(
+    ctx: click.Context, /, *, folder: Path | None, as_json: bool, limit: int, **options: Any
+) -> None:
     """List what is cached.
 
     Blocks that bear the same labels are one row.
     """
     if folder is not None:
-        _refuse_kinds(kind)
-        rows = folder_groups(folder, session=options["session"], tag=options["tag"])[:limit]
-        kind = None
-    else:
+        refuse_with_folder(ctx, "sessions", "contexts", "pins", "tier", "salt", "sort", "tenant")
+    kind = _only_kind(options, _KINDS)
+    _check_choices(ctx, kind)
+    if folder is None:
         rows = _listed(kind, limit, options)
-    if as_json:
-        emit_json({"object": "list", "data": rows})
-    elif kind is None:
-        show_groups(rows)
     else:
-        show_kind(kind, rows)
+        list_folder = folder_groups if kind is None else folder_blocks
+        found = list_folder(folder, session=options["session"], tag=options["tag"])
+        rows = Rows.first(found, limit)
+    if as_json:
+        emit_json({"object": "list", "data": rows.data, "has_more": rows.has_more})
+        return
+    if kind is None:
+        show_groups(rows.data)
+    else:
+        show_kind(kind, rows.data)
+    if rows.has_more:
+        of_all = "" if rows.num_all is None else f" of {rows.num_all:,}"
+        stderr().print(f"first {len(rows.data):,}{of_all} rows; --limit shows more", soft_wrap=True)
 
 
-def _refuse_kinds(kind: str | None) -> None:
-    if kind is not None:
-        raise click.UsageError(f"--{kind} needs a server; leave --folder out")
+def refuse_with_folder(context: click.Context, *names: str) -> None:
+    """Raise UsageError where an option was given that only a server understands."""
+    for option in context.command.params:
+        if option.name in names and is_given(context, option.name):
+            raise click.UsageError(f"{option.opts[0]} needs a server; leave --folder out")
 
 
-def _listed(kind: str | None, limit: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+def _only_kind(options: dict[str, Any], kinds: Sequence[str]) -> str | None:
+    given = [kind for kind in kinds if options[kind]]
+    if len(given) > 1:
+        flags = " and ".join(f"--{kind}" for kind in given)
+        raise click.UsageError(f"{flags} exclude one another; give one")
+    return given[0] if given else None
+
+
+def _check_choices(context: click.Context, kind: str | None) -> None:
+    for name in _CHOICES:
+        if name not in _KIND_TO_CHOICES[kind] and is_given(context, name):
+            if kind is None:
+                raise click.UsageError(f"--{name} is for --{_BLOCKS}; give both, or neither")
+            raise click.UsageError(f"--{name} means nothing to --{kind}; leave it out")
+
+
+def _listed(kind: str | None, limit: int, options: dict[str, Any]) -> Rows:
     client = client_of(options)
     if kind in ("sessions", "contexts"):
-        return list(client.get(path_of("v1", "cache", kind), salt=options["salt"])["data"])[:limit]
+        return client.rows(path_of("v1", "cache", kind), limit, salt=options["salt"])
     if kind == "pins":
-        return list(client.get("/v1/cache/pins")["data"])[:limit]
+        return client.rows("/v1/cache/pins", limit)
     chosen = {name: options[name] for name in ("session", "tag", "tier", "salt")}
     by = "labels" if kind is None else "block"
-    return client.pages("/v1/cache/entries", limit, by=by, sort=options["sort"], **chosen)
+    rows = client.pages("/v1/cache/entries", limit, by=by, sort=options["sort"], **chosen)
+    if not rows.data and options["tier"] is not None:
+        _check_tier(client, options["tier"])
+    return rows
+
+
+def _check_tier(client: ServerClient, tier: str) -> None:
+    known = client.get("/v1/cache")["tiers"]
+    if tier not in known:
+        raise click.UsageError(f"--tier={tier!r} is no tier there; {nearest_hint(tier, known)}")
 
 
 @click.command(cls=ServerCommand)
 @click.argument("name")
-@click.option("--session", "kind", flag_value="sessions", help="NAME is a session.")
-@click.option("--context", "kind", flag_value="contexts", help="NAME is a context.")
+@click.option("--session", is_flag=True, help="NAME is a session.")
+@click.option("--context", is_flag=True, help="NAME is a context.")
 @click.option("--text", is_flag=True, help="Of a block also its text, where the server knows it.")
 @salt_option
 @folder_option
 @server_options
 @json_option
+@click.pass_context
 def show(
-    *, name: str, kind: str | None, folder: Path | None, as_json: bool, **options: Any
+    ctx: click.Context, /, *, name: str, folder: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Show all that is known of one thing.
 
     NAME is the key of a block in hex, a session or a context.
     """
-    if options["text"] and (folder is not None or kind is not None):
-        raise click.UsageError("--text is of a block of a server; leave --folder and its kind out")
+    kind = _only_kind(options, ("session", "context"))
+    if options["text"] and kind is not None:
+        raise click.UsageError(f"--text is of a block; leave it or --{kind} out")
     if folder is not None:
-        _refuse_kinds(kind)
+        refuse_with_folder(ctx, "session", "context", "text", "salt", "tenant")
         found = folder_show(folder, name)
     else:
-        asked = {"salt": options["salt"]}
-        if options["text"]:
-            asked["include"] = "text"
-        found = client_of(options).get(path_of("v1", "cache", kind or "entries", name), **asked)
+        found = _shown(name, kind, options)
     if as_json:
         emit_json(found)
         return
@@ -121,12 +181,25 @@ def show(
         stdout().print(Text(f"{field}: {shown}"), soft_wrap=True)
 
 
+def _shown(name: str, kind: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    client, asked = client_of(options), {"salt": options["salt"]}
+    if kind is not None:
+        return client.get(path_of("v1", "cache", f"{kind}s", name), **asked)
+    if options["text"]:
+        asked["include"] = "text"
+    check_key_start(name, remedy="or --session or --context for one of that name")
+    return client.get(path_of("v1", "cache", "entries", name), **asked)
+
+
 @click.command(cls=ServerCommand)
 @folder_option
 @server_options
 @json_option
-def stats(*, folder: Path | None, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def stats(ctx: click.Context, /, *, folder: Path | None, as_json: bool, **options: Any) -> None:
     """Show the content of the device and of every tier."""
+    if folder is not None:
+        refuse_with_folder(ctx, "tenant")
     state = folder_state(folder) if folder is not None else client_of(options).get("/v1/cache")
     if as_json:
         emit_json(state)

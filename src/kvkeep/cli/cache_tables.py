@@ -127,7 +127,16 @@ def show_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     columns = [
         *("used by", "tags", "pins", "blocks", "tokens", "size", "tiers", "last used", "expires"),
     ]
+    if _have_tenants(groups):
+        columns.append("tenant")
+        for row, one in zip(rows, groups, strict=True):
+            row.append(one["tenant"])
     show_rows(columns, rows, empty="nothing is cached")
+
+
+def _have_tenants(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows are of several tenants: the same name may stand there for each."""
+    return len({one.get("tenant") for one in rows}) > 1
 
 
 def show_kind(kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -138,6 +147,8 @@ def show_kind(kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
     if kind == "blocks" and stdout().is_terminal:
         rows = [{**one, "id": one["id"][:_SHOWN_DIGITS]} for one in rows]
     cell_of = _KIND_TO_CELLS[kind]
+    if _have_tenants(rows):
+        cell_of = cell_of | {"tenant": lambda one: one["tenant"]}
     columns = list(cell_of)
     cells = [[cell(one) for cell in cell_of.values()] for one in rows]
     show_rows(columns, cells, empty=f"no {kind}")

@@ -3,11 +3,12 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import click
@@ -21,6 +22,7 @@ __all__ = [
     "DEFAULT_URL",
     "EXIT_UNREACHABLE",
     "RefusedError",
+    "Rows",
     "ServerClient",
     "ServerCommand",
     "UnreachableError",
@@ -38,6 +40,20 @@ _CONNECT_TIMEOUT_S = 5.0
 _CHUNK_BYTES = 2**20
 
 _Function = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a list; `num_all` is how many there are, where that is known."""
+
+    data: Sequence[dict[str, Any]]
+    has_more: bool
+    num_all: int | None = None
+
+    @classmethod
+    def first(cls, data: Sequence[dict[str, Any]], limit: int) -> "Rows":
+        """The first of all rows."""
+        return cls(data[:limit], has_more=len(data) > limit, num_all=len(data))
 
 
 class UnreachableError(Exception):
@@ -67,7 +83,7 @@ class ServerCommand(Command):
 
 
 def server_options(function: _Function) -> _Function:
-    """--url and --api-key."""
+    """--url, --api-key and --tenant."""
     add_url = click.option(
         "--url",
         envvar="KVKEEP_URL",
@@ -82,12 +98,16 @@ def server_options(function: _Function) -> _Function:
         help="An API key of the server, or its admin key.  [default: KVKEEP_ADMIN_KEY, or the first of "
         "KVKEEP_API_KEYS]",
     )
-    return add_url(add_key(function))
+    add_tenant = click.option(
+        "--tenant", metavar="ID", help="With the admin key: what this tenant has, by its id."
+    )
+    return add_url(add_key(add_tenant(function)))
 
 
 def client_of(options: Mapping[str, Any]) -> "ServerClient":
     """A client for what `server_options` say, closed at the end of the command that runs."""
-    client = ServerClient(options["url"], options["api_key"] or _key_in_environment())
+    key = options["api_key"] or _key_in_environment()
+    client = ServerClient(options["url"], key, tenant=options["tenant"])
     click.get_current_context().call_on_close(client.close)
     return client
 
@@ -121,7 +141,7 @@ def read_json_file(path: str) -> object:
 class ServerClient:
     """Asks a server. Raises UnreachableError and RefusedError."""
 
-    def __init__(self, url: str, api_key: str | None) -> None:
+    def __init__(self, url: str, api_key: str | None, *, tenant: str | None = None) -> None:
         # Slow to load, and not needed for --help.
         import httpx
 
@@ -134,6 +154,7 @@ class ServerClient:
         self._client = httpx.Client(
             base_url=self.url,
             headers=headers,
+            params=_given({"tenant": tenant}),
             timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
             # A proxy for the world outside does not know this machine.
             trust_env=not _is_loopback(parts.hostname),
@@ -155,30 +176,42 @@ class ServerClient:
         """The JSON of a DELETE."""
         return self._ask("DELETE", path, query=query)
 
-    def pages(self, path: str, limit: int, **query: object) -> list[dict[str, Any]]:
+    def pages(self, path: str, limit: int, **query: object) -> Rows:
         """Rows of a list, as many as `limit`, over as many pages as that takes."""
         rows: list[dict[str, Any]] = []
-        after = None
-        while len(rows) < limit:
+        after, has_more = None, True
+        while has_more and len(rows) < limit:
             size = min(limit - len(rows), 1000)
             page = self.get(path, limit=size, after=after, **query)
             rows += page["data"]
-            after = page["last_id"]
-            if not page["has_more"]:
-                break
-        return rows
+            after, has_more = page["last_id"], page["has_more"]
+        return Rows(rows, has_more=has_more)
+
+    def rows(self, path: str, limit: int, **query: object) -> Rows:
+        """Rows of a list that comes whole, as many as `limit`."""
+        return Rows.first(self.get(path, **query)["data"], limit)
 
     def download(self, path: str, target: Path, **query: object) -> int:
         """Write the answer of a POST to a file, which appears when it is whole; its bytes."""
         partial = target.with_name(target.name + ".partial")
-        num_bytes = 0
         try:
-            with self._stream("POST", path, query=query) as response, partial.open("wb") as file:
-                for part in response.iter_bytes(_CHUNK_BYTES):
-                    num_bytes += file.write(part)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+            # The file first: an order that cannot be kept is not given.
+            with partial.open("wb") as file:
+                try:
+                    num_bytes = self._download(path, file, query)
+                    partial.replace(target)
+                finally:
+                    partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise click.UsageError(
+                f"FILE={str(target)!r} cannot be written ({error.strerror}); give another place"
+            ) from error
+        return num_bytes
+
+    def _download(self, path: str, file: IO[bytes], query: Mapping[str, object]) -> int:
+        with self._stream("POST", path, query=query) as response:
+            num_bytes = sum(file.write(part) for part in response.iter_bytes(_CHUNK_BYTES))
+        file.flush()
         return num_bytes
 
     def upload(self, path: str, source: Path, **query: object) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import click
 from kvkeep.cli.cache_tables import show_rows
 from kvkeep.cli.console import Command, emit_json
 from kvkeep.cli.options import capacity_options, format_options, json_option
-from kvkeep.cli.serve_options import server_flags, server_options
-from kvkeep.cli.tier_options import load_given, tier_options
+from kvkeep.cli.serve_options import server_flags, server_options, server_settings
+from kvkeep.cli.tier_options import load_given, tier_options, tiers_of
 from kvkeep.config.server import SECRET_FIELDS, ServerSettings, server_kinds
 from kvkeep.config.sources import LoadedSettings
 
@@ -39,11 +39,14 @@ def show(ctx: click.Context, /, *, origins: bool, as_json: bool, **options: Any)
     that over the defaults. Only `kvkeep serve` reads those of a server.
     """
     loaded = load_given(ctx, server_flags(ctx))
+    # What a server refuses is refused here; nothing is opened or made for it.
+    server_settings(loaded, tiers_of(loaded))
     values = _engine_values(loaded) | _server_values(loaded.server)
     values["warm"] = [str(table.options.get("name") or table.place) for table in loaded.warm]
     places = {name: str(loaded.name_to_origin[name]) for name in values}
     if as_json:
-        shown: dict[str, object] = {"settings": values}
+        tiers = [{"kind": one.kind, **one.shown_options} for one in loaded.tiers]
+        shown: dict[str, object] = {"settings": values | {"tiers": tiers}}
         emit_json(shown | ({"origins": places} if origins else {}))
         return
     rows = [[name, _written(value), places[name]] for name, value in values.items()]
@@ -55,8 +58,7 @@ def show(ctx: click.Context, /, *, origins: bool, as_json: bool, **options: Any)
 def _engine_values(loaded: LoadedSettings) -> dict[str, object]:
     names = [field.name for field in fields(loaded.engine)]
     values: dict[str, object] = {name: getattr(loaded.engine, name) for name in names}
-    # As text a table is without its passwords.
-    return values | {"tiers": [repr(table) for table in loaded.tiers]}
+    return values | {"tiers": loaded.tiers}
 
 
 def _server_values(given: Mapping[str, object]) -> dict[str, object]:
@@ -75,6 +77,7 @@ def _server_values(given: Mapping[str, object]) -> dict[str, object]:
 
 
 def _written(value: object) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
+        # As text a tier is without its passwords.
         return ", ".join(map(str, value)) or "none"
     return value if isinstance(value, str) else repr(value)

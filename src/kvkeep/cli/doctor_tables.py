@@ -16,13 +16,33 @@ if TYPE_CHECKING:
     from kvkeep.hf.format_probe import FormatProbe
     from kvkeep.hf.linear import LinearChoice
 
-__all__ = ["linear_table", "new_table", "probe_line", "show_formats", "show_table"]
+__all__ = [
+    "linear_table",
+    "new_table",
+    "probe_line",
+    "show_formats",
+    "show_table",
+    "show_whole_table",
+]
+
+# Tables take no more of it than they need.
+_WIDEST = 10_000
 
 
 def show_table(console: Console, title: str, table: Table) -> None:
-    """A table under its title."""
+    """A table under its title, cut to the width of a terminal; for programs nothing is."""
+    if not console.is_terminal:
+        show_whole_table(console, title, table)
+        return
     console.print(Text(title, style="bold"))
     console.print(table)
+
+
+def show_whole_table(console: Console, title: str, table: Table) -> None:
+    """A table under its title, its lines as long as they have to be: a number that is cut is another one."""
+    wide = Console(file=console.file, width=_WIDEST, highlight=False)
+    wide.print(Text(title, style="bold"))
+    wide.print(table)
 
 
 def new_table(*columns: str) -> Table:

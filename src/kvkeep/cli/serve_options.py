@@ -222,6 +222,16 @@ def _named(folder: Path, suffix: str) -> Path:
 
 
 def _keys_in(path: Path) -> Sequence[str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    keys = [line.partition("#")[0].strip() for line in lines]
-    return [key for key in keys if key]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"api_keys_file={str(path)!r} cannot be read as text ({error}); give another file"
+        ) from error
+    keys = [key for line in lines if (key := line.partition("#")[0].strip())]
+    if not keys:
+        # Without a key everybody would be let in.
+        raise ConfigError(
+            f"api_keys_file={str(path)!r} has no key; write one on a line, or leave the flag out"
+        )
+    return keys

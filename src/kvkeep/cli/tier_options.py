@@ -7,7 +7,8 @@ import click
 from click.core import ParameterSource
 
 from kvkeep.config.sources import LoadedSettings, load_settings
-from kvkeep.tiers.floors import tier_settings
+from kvkeep.errors import ConfigError
+from kvkeep.tiers.floors import tier_names, tier_settings
 from kvkeep.tiers.settings import TierSettings
 
 __all__ = ["is_given", "load_given", "tier_options", "tiers_of"]
@@ -46,10 +47,14 @@ def load_given(
     """
     options = context.params
     names = [one for one in (*ENGINE_OPTIONS, "tiers") if one in options and is_given(context, one)]
+    name_to_flag = {str(one.name): max(one.opts, key=len) for one in context.command.params}
+    if options.get("api_keys_file") is not None:
+        only_file = not options["api_keys"]
+        name_to_flag["api_keys"] = "--api-keys-file" if only_file else "--api-key, --api-keys-file"
     return load_settings(
         file=options.get("config"),
         flags={name: options[name] for name in names} | dict(server_flags or {}),
-        name_to_flag={str(one.name): max(one.opts, key=len) for one in context.command.params},
+        name_to_flag=name_to_flag,
     )
 
 
@@ -60,4 +65,9 @@ def is_given(context: click.Context, name: str) -> bool:
 
 def tiers_of(settings: LoadedSettings) -> Sequence[TierSettings]:
     """The tiers that the settings ask for, nearest first; none is opened."""
-    return tuple(tier_settings(table) for table in settings.tiers)
+    try:
+        found = tuple(tier_settings(table) for table in settings.tiers)
+        tier_names(found)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (from {settings.name_to_origin['tiers']})") from error
+    return found

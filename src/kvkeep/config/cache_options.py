@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvkeep.config.durations import parse_duration
+from kvkeep.config.nearest import checked_names
 from kvkeep.errors import ConfigError
 
 __all__ = ["MAX_NAME_LENGTH", "MAX_TAGS", "CacheOptions", "TagSpan", "check_name"]
@@ -44,6 +45,7 @@ class TagSpan:
         _check_start(self.start)
 
 
+@checked_names
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheOptions:
     """What one request asks of the cache.

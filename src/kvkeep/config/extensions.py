@@ -45,9 +45,12 @@ def find_extension(group: ExtensionGroup, name: str, *, built_in: Collection[str
     points = {(_package(p), p.value): p for p in entry_points(group=group, name=name)}
     if not points:
         known = sorted({*built_in, *extension_names(group)})
+        hint = nearest_hint(name, known)
+        # A hint that names none in particular names all.
+        all_known = f"known: {', '.join(known)}; " if hint.endswith("?") else ""
         raise ConfigError(
-            f"{group.noun}={name!r} is not known; {nearest_hint(name, known)} (known: "
-            f"{', '.join(known) or 'none'}; packages add more through the entry points {group!s})"
+            f"{group.noun}={name!r} is not known; {hint} ({all_known}packages add more through the entry "
+            f"points {group!s})"
         )
     if len(points) > 1:
         packages = " and ".join(sorted({_package(point) for point in points.values()}))

@@ -62,6 +62,8 @@ def value_from_toml(field: str, value: object, kinds: tuple[object, ...]) -> obj
     if isinstance(value, str) and str not in kinds and Path in kinds:
         value = _path(value)
     if not any(_is(value, kind) for kind in kinds):
+        if isinstance(value, str) and tuple[str, ...] in kinds:
+            raise ConfigError(f'{field}={value!r} is no list of names; write ["{value}"]')
         raise _problem(field, value, kinds)
     return value
 
@@ -132,7 +134,7 @@ _KIND_TO_EXAMPLE: dict[object, str] = {
     int: "32",
     float: "0.5",
     tuple[int, ...]: "0,1",
-    tuple[str, ...]: "reused,idle",
+    tuple[str, ...]: "one,two",
     str: '"2GB"',
     Path: '"/var/lib/kvkeep"',
 }

@@ -9,6 +9,11 @@ __all__ = ["Grammar", "TokenMatcher"]
 class TokenMatcher(Protocol):
     """Follows one output through a grammar; owned by one thread."""
 
+    @property
+    def failure(self) -> str | None:
+        """Why the grammar cannot go on, in a line; None where it can."""
+        ...
+
     def accept(self, token_ids: Sequence[int]) -> None:
         """Follow the next tokens of the output."""
         ...

@@ -2,8 +2,33 @@
 
 from collections.abc import Collection
 from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
+from typing import Any, TypeVar
 
-__all__ = ["nearest_hint"]
+from kvkeep.errors import ConfigError
+
+__all__ = ["checked_names", "nearest_hint"]
+
+_T = TypeVar("_T")
+
+
+def checked_names(of: type[_T]) -> type[_T]:
+    """Decorates a class: a keyword that it does not take is a ConfigError with the nearest name."""
+    begin = of.__init__
+    (_, *names) = signature(begin).parameters
+
+    @wraps(begin)
+    def checked(self: object, *values: Any, **options: Any) -> None:
+        for name, value in options.items():
+            if name not in names:
+                raise ConfigError(
+                    f"{name}={value!r:.80} is no argument of {of.__name__}; {nearest_hint(name, names)}"
+                )
+        begin(self, *values, **options)
+
+    of.__init__ = checked  # type: ignore[method-assign]
+    return of
 
 
 def nearest_hint(name: str, known: Collection[str]) -> str:

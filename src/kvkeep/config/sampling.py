@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvkeep.config.grammar import Grammar
+from kvkeep.config.nearest import checked_names
 from kvkeep.errors import ConfigError
 
 __all__ = ["MAX_TOP_LOGPROBS", "SamplingParams"]
@@ -12,6 +13,7 @@ __all__ = ["MAX_TOP_LOGPROBS", "SamplingParams"]
 MAX_TOP_LOGPROBS = 20
 
 
+@checked_names
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.

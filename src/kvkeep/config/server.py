@@ -1,5 +1,6 @@
 """Where the server listens, who may use it, and its limits."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -25,6 +26,9 @@ MIN_KEY_CHARACTERS = 8
 _LOG_FORMATS = ("text", "json")
 _METRICS_COMPAT = (None, "vllm")
 _MAX_PORT = 65535
+# "null" is what browsers send of pages from files.
+_ANY_ORIGIN = ("*", "null")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#]+", re.IGNORECASE)
 # Fields whose values nobody is shown.
 SECRET_FIELDS = ("api_keys", "admin_key")
 _WARM = "warm"
@@ -131,6 +135,15 @@ class ServerSettings:
         for field in ("api_keys", "allowed_origins", "model_names"):
             if isinstance(getattr(self, field), str):
                 raise ConfigError(f"{field} is one text; give a sequence of texts")
+        for name in self.model_names:
+            if not name.strip():
+                raise ConfigError(f'model_names has {name!r}; give a name, or "*" for any')
+        for origin in self.allowed_origins:
+            if origin not in _ANY_ORIGIN and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"allowed_origins has {origin!r}, which is none; give it as browsers send it, such as "
+                    'https://example.org, or "*" for all'
+                )
         admin = () if self.admin_key is None else (self.admin_key,)
         # A key is a secret: messages do not repeat it.
         for key in (*self.api_keys, *admin):

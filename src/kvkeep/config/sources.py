@@ -3,7 +3,7 @@
     [engine]                     KVKEEP_CAPACITY=4GB
     capacity = "4GB"             KVKEEP_TIERS="host:4GB disk:~/.cache/kvkeep:50GB"
                                  KVKEEP_CONFIG=kvkeep.toml
-    [[tiers]]                    [server]                                 KVKEEP_API_KEYS="one two"
+    [[tiers]]                    [server]                                 KVKEEP_API_KEYS="long-key another"
     kind = "disk"                port = 8010
     folder = "~/.cache/kvkeep"   request_timeout_s = "10m"
     capacity = "50GB"

@@ -23,7 +23,7 @@ _SECRET_WORDS = ("secret", "password", "access_key")
 
 @dataclass(frozen=True, slots=True, repr=False)
 class TierTable:
-    """The kind of a tier and its options by name, values unchecked; as text it is without secrets.
+    """The kind of a tier and its options by name, values unchecked; as text as users write it, no secrets.
 
     The kind of a tier that is written as an address is the address's scheme.
     """
@@ -32,8 +32,23 @@ class TierTable:
     options: Mapping[str, object]
 
     def __repr__(self) -> str:
-        options = {name: _without_secrets(name, value) for name, value in self.options.items()}
-        return f"TierTable({self.kind!r}, {options!r})"
+        return f"TierTable({self.kind!r}, {dict(self.shown_options)!r})"
+
+    def __str__(self) -> str:
+        options = {name: _written(value) for name, value in self.shown_options.items()}
+        head = options.pop("url", self.kind)
+        for name in ("folder", "capacity"):
+            if name in options:
+                head += f":{options.pop(name)}"
+        if not options:
+            return head
+        words = "&".join(f"{name}={value}" for name, value in options.items())
+        return f"{head}{'&' if '?' in head else '?'}{words}"
+
+    @property
+    def shown_options(self) -> Mapping[str, object]:
+        """The options without secrets."""
+        return {name: _without_secrets(name, value) for name, value in self.options.items()}
 
 
 def parse_tiers(text: str) -> tuple[TierTable, ...]:
@@ -96,6 +111,12 @@ def _options(text: str, query: str) -> dict[str, object]:
             raise ConfigError(f"tier={text!r} has {name} twice; give it once")
         options[name] = value
     return options
+
+
+def _written(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _without_secrets(name: str, value: object) -> object:

@@ -7,14 +7,17 @@ ttl = "7d"
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
+from kvkeep.config.cache_options import check_name
+from kvkeep.config.durations import parse_duration
 from kvkeep.config.nearest import nearest_hint
 from kvkeep.errors import ConfigError
 
-__all__ = ["WarmPrompt", "WarmTable", "parse_warm", "prompt_fields", "read_prompts"]
+__all__ = ["WarmPrompt", "WarmTable", "check_kept", "parse_warm", "prompt_fields", "read_prompts"]
 
 _FORMS = ("messages", "prompt", "token_ids")
 _PROMPT_FIELDS = (*_FORMS, "tools", "chat_template_kwargs", "add_generation_prompt")
@@ -79,6 +82,11 @@ def parse_warm(tables: object, path: Path) -> tuple[WarmTable, ...]:
         for name in table:
             if name not in known:
                 raise ConfigError(f"{name} in {place} is no setting; {nearest_hint(name, known)}")
+        kept = {name: table[name] for name in _KEPT_BY if name in table}
+        try:
+            check_kept(kept)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in {place})") from error
         found.append(WarmTable(table, path.absolute().parent, place))
     return tuple(found)
 
@@ -96,12 +104,13 @@ def read_prompts(
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"file={str(path)!r} cannot be read as text ({error})") from error
     kept = kept or {}
+    check_kept(kept)
+    if not text.strip():
+        raise ConfigError(f"file={str(path)!r} is empty; write a prompt into it")
     if path.suffix == _CATALOGUE:
         if name is not None:
             raise ConfigError(f"name={name!r} is one for many; prompts of {path} have their own")
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                yield _catalogued(line, f"{path}, line {number}", kept)
+        yield from _catalogue(text, path, kept)
         return
     place = str(path)
     fields: dict[str, object] = {"prompt": text}
@@ -114,11 +123,59 @@ def prompt_fields(request: object) -> dict[str, object]:
     """Of a request the fields that make its prompt. Raises ConfigError where there are none."""
     if isinstance(request, dict):
         fields = {name: request[name] for name in _PROMPT_FIELDS if request.get(name) is not None}
+        given = [name for name in _FORMS if name in fields]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} are given; give one of them")
         if isinstance(fields.get("prompt"), list):
             fields["token_ids"] = fields.pop("prompt")
-        if any(name in fields for name in _FORMS):
+        if given:
+            _check_prompt(fields)
             return fields
     raise ConfigError("the request has no prompt; it needs messages, prompt or token_ids")
+
+
+def _check_prompt(fields: Mapping[str, object]) -> None:
+    prompt, messages, ids = (fields.get(name) for name in ("prompt", "messages", "token_ids"))
+    if prompt is not None and not isinstance(prompt, str):
+        raise ConfigError(f"prompt={prompt!r:.80} is no text; write it in quotes")
+    if messages is not None and not _is_list(messages, dict):
+        raise ConfigError(f"messages={messages!r:.80} is no list of messages; write one as in chat")
+    if ids is not None and not _is_list(ids, int):
+        raise ConfigError(f"token_ids={ids!r:.80} is no list of whole numbers; give a prompt's")
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, kind) and not isinstance(one, bool) for one in value
+    )
+
+
+def check_kept(kept: Mapping[str, object]) -> None:
+    """Raise ConfigError for what a server would refuse, and for a time that keeps nothing."""
+    ttl, tags, pin, salt = (kept.get(name) for name in _KEPT_BY)
+    if ttl is not None and parse_duration("ttl", ttl) == 0:
+        raise ConfigError(f'ttl={ttl!r} keeps nothing; give a time, such as "7d", or leave it out')
+    if tags is not None and not isinstance(tags, list | tuple):
+        raise ConfigError(f'tags={tags!r:.80} is no list; write ["{tags}"]')
+    for tag in cast(Sequence[object], tags or ()):
+        check_name("tags", tag)
+    if pin is not None and not isinstance(pin, bool):
+        raise ConfigError(f"pin={pin!r:.80} is neither true nor false; give one of them")
+    if salt is not None and not isinstance(salt, str):
+        raise ConfigError(f"salt={salt!r:.80} is no text; write it in quotes")
+
+
+def _catalogue(text: str, path: Path, kept: Mapping[str, object]) -> Iterator[WarmPrompt]:
+    taken: dict[tuple[str, object], int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        one = _catalogued(line, place, kept)
+        first = taken.setdefault((one.name, one.fields.get("salt")), number)
+        if first != number:
+            raise ConfigError(f"{place}: {one.name} is the name of line {first} too; give another")
+        yield one
 
 
 def _catalogued(line: str, place: str, kept: Mapping[str, object]) -> WarmPrompt:
@@ -127,9 +184,10 @@ def _catalogued(line: str, place: str, kept: Mapping[str, object]) -> WarmPrompt
         raise ConfigError(f"{place} has no name; every prompt needs one")
     own = {name: entry[name] for name in _KEPT_BY if entry.get(name) is not None}
     try:
+        check_kept(own)
         fields = prompt_fields(entry)
     except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from error
+        raise ConfigError(f"{place}: {entry['name']}: {error}") from error
     return WarmPrompt(name=entry["name"], fields={**fields, **kept, **own}, place=place)
 
 

@@ -43,8 +43,8 @@ class TokenDecoder(Protocol):
         """Return the text of tokens; bytes that are no UTF-8 become U+FFFD."""
         ...
 
-    def convert_ids_to_tokens(self, ids: int) -> str:
-        """Return a token's name in the vocabulary."""
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        """Return a token's name in the vocabulary; of an id behind it None, or a LookupError."""
         ...
 
 
@@ -54,7 +54,8 @@ class IncrementalDetokenizer:
     Without stop strings the pieces add up to what the tokenizer decodes at once (special tokens
     skipped if they are to be, spaces as they are), as a continuation of the prompt's text; after a
     special token at the end of the prompt, as a text of its own. A piece never ends inside a character.
-    Work per token is bounded.
+    Ids without a name, which models have whose table is longer than the vocabulary, have no text. Work per
+    token is bounded.
 
     One exception: vocabularies with byte fallback decode a run of byte tokens as a whole or, if any
     byte is wrong, as U+FFFD for each. Text of a run leaves after 16 byte tokens, so a byte that is
@@ -157,7 +158,7 @@ class _TokenWindow:
 
     def append(self, token_id: int) -> str:
         """Take a token and return the text that no later token can change."""
-        if self._skips_special and self._is_special(token_id):
+        if self._name(token_id) is None or (self._skips_special and self._is_special(token_id)):
             return ""
         self._pending.append(token_id)
         if self._is_named(_BYTE_TOKEN, token_id):
@@ -189,6 +190,8 @@ class _TokenWindow:
     def _start_behind(self, prompt_ids: Sequence[int]) -> None:
         """Make the prompt's last tokens the context of the output's first."""
         for token_id in prompt_ids:
+            if self._name(token_id) is None:
+                continue
             if self._is_special(token_id):
                 self._context.clear()
             else:
@@ -252,7 +255,13 @@ class _TokenWindow:
         )
 
     def _is_named(self, pattern: re.Pattern[str], token_id: int) -> bool:
-        return pattern.fullmatch(self._tokenizer.convert_ids_to_tokens(token_id)) is not None
+        return pattern.fullmatch(self._name(token_id) or "") is not None
+
+    def _name(self, token_id: int) -> str | None:
+        try:
+            return self._tokenizer.convert_ids_to_tokens(token_id)
+        except LookupError:
+            return None
 
     def _decode(self, token_ids: list[int], *, skip_special_tokens: bool | None = None) -> str:
         skips = self._skips_special if skip_special_tokens is None else skip_special_tokens

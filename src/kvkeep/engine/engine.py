@@ -3,6 +3,7 @@
 Synchronous, and owned by one thread. Asking for work is `add`; doing it is `step`.
 """
 
+import logging
 from collections.abc import Collection, Sequence
 from itertools import count
 from time import perf_counter
@@ -16,6 +17,7 @@ from kvkeep.engine.calibrate import calibrate, keep_calibration
 from kvkeep.engine.detokenizer import TokenDecoder
 from kvkeep.engine.explaining import Explaining
 from kvkeep.engine.generation import EndTokens, Generation, OutputStream
+from kvkeep.engine.mishaps import outliving
 from kvkeep.engine.outputs import FinishReason, Piece
 from kvkeep.engine.sampler import InvalidLogitsError, Sampled, Sampler
 from kvkeep.engine.step_costs import StepCosts
@@ -27,6 +29,7 @@ from kvkeep.spec import RequestId
 
 __all__ = ["Engine"]
 
+_log = logging.getLogger(__name__)
 # With nothing to compute, a step waits so long for blocks that are on their way.
 _WAIT_FOR_MOVES_S = 0.05
 
@@ -122,15 +125,10 @@ class Engine:
         """
         chain = self.chain(prompt_ids, options.salt)
         self._refuse_misfits(chain, params)
-        claim = self.cache.open_claim(options, chain)
         request_id = RequestId(next(self._ids))
-        request = Request(request_id, chain, params, options, claim)
-        if options.read:
-            request.lookup = self.cache.look_up(chain)
+        request = Request(request_id, chain, params, options)
         first = OutputStream(request, 0, list(prompt_ids), self._tokenizer, self._end)
         generation = Generation(request_id, first)
-        self._generations[request_id] = generation
-        self._request_to_output[request] = (generation, first)
         sent = Sent(
             namespace=self.namespace(options.salt),
             chain=chain,
@@ -139,6 +137,15 @@ class Engine:
             owner=owner,
             reads=options.read,
         )
+        # Last of all that can fail: from here on the claim ends with the request.
+        request.claim = self.cache.open_claim(options, chain)
+        try:
+            request.lookup = self.cache.look_up(chain) if options.read else None
+        except BaseException:
+            self.cache.close_claim(request.claim)
+            raise
+        self._generations[request_id] = generation
+        self._request_to_output[request] = (generation, first)
         self._explaining.add(request, sent, is_wanted=explains)
         self._scheduler.add(request)
         return request_id
@@ -154,7 +161,8 @@ class Engine:
         """Compute one batch of spans; returns what it added to each output.
 
         When the model fails, the requests of the batch are ended and its error is passed on. The engine can
-        go on with the others; the last pieces of those that ended come with the next step.
+        go on with the others; the last pieces of those that ended come with the next step. What fails behind
+        the model ends only the output that it belongs to, and is logged.
         """
         self.cache.poll(is_busy=self.num_running > 0)
         plan = self._scheduler.plan()
@@ -164,16 +172,14 @@ class Engine:
             self.num_steps += 1
             try:
                 logits_RV = self._run(plan.work)
+                self._explain(plan.work)
+                self._commit(plan.work)
+                self._advance(plan.work, logits_RV)
             except BaseException:
                 # How far the step came is unknown, also when it was interrupted.
-                failed = {self._request_to_output[work.request][0]: None for work in plan.work}
-                for generation in failed:
-                    self._pieces += self._end_all(generation, FinishReason.ERROR)
+                for work in plan.work:
+                    self._fail_prompt(work.request)
                 raise
-            self._explain(plan.work)
-            for work in plan.work:
-                self.cache.commit(work.request.held_lease(), work.spans)
-            self._pieces += self._advance(plan.work, logits_RV)
         pieces, self._pieces = self._pieces, []
         return pieces
 
@@ -201,53 +207,88 @@ class Engine:
     def _explain(self, planned: Sequence[PlannedWork]) -> None:
         """Say to those that asked why they compute what they do, once that is known."""
         for item in planned:
-            miss = self._explaining.explain(item.request)
-            if miss is not None:
-                self._request_to_output[item.request][0].miss = miss
+            with outliving("explaining a miss"):
+                miss = self._explaining.explain(item.request)
+                if miss is not None:
+                    self._request_to_output[item.request][0].miss = miss
 
-    def _advance(self, planned: Sequence[PlannedWork], logits_RV: Tensor) -> list[Piece]:
-        """Choose the next token of every request that has computed all it knew."""
-        pieces: list[Piece] = []
+    def _commit(self, planned: Sequence[PlannedWork]) -> None:
+        for item in planned:
+            try:
+                self.cache.commit(item.request.held_lease(), item.spans)
+            except Exception:  # noqa: BLE001  it ends this prompt alone
+                _log.exception("what request %d computed is lost", item.request.request_id)
+                self._fail_prompt(item.request)
+
+    def _advance(self, planned: Sequence[PlannedWork], logits_RV: Tensor) -> None:
+        """Choose the next token of every request that has computed all it knew and has not failed."""
         rows: list[int] = []
         outputs: list[tuple[Generation, OutputStream]] = []
-        wanting = [item for item in planned if _wants_logits(item)]
         for item in planned:
-            if item.is_last and item.request.params.max_tokens == 0:
+            if item.is_last and not _wants_logits(item) and item.request in self._request_to_output:
                 generation, output = self._request_to_output[item.request]
-                pieces.append(self._finish(generation, output, FinishReason.LENGTH))
-        for row, item in enumerate(wanting):
+                self._pieces.append(self._finish(generation, output, FinishReason.LENGTH))
+        for row, item in enumerate(filter(_wants_logits, planned)):
+            if item.request not in self._request_to_output:
+                continue
             generation, output = self._request_to_output[item.request]
-            siblings = self._fork(generation) if output is generation.outputs[0] else []
+            try:
+                siblings = self._fork(generation) if output is generation.outputs[0] else []
+            except Exception:  # noqa: BLE001  it ends this prompt alone
+                _log.exception("request %d cannot be forked", item.request.request_id)
+                self._fail_prompt(item.request)
+                continue
             for one in [output, *siblings]:
                 rows.append(row)
                 outputs.append((generation, one))
-        if not outputs:
-            return pieces
-        logits_BV = logits_RV if len(rows) == logits_RV.shape[0] else logits_RV[rows]
-        return pieces + self._choose(outputs, logits_BV)
+        if outputs:
+            is_each_once = rows == list(range(logits_RV.shape[0]))
+            self._choose(outputs, logits_RV if is_each_once else logits_RV[rows])
 
     def _choose(
         self, outputs: Sequence[tuple[Generation, OutputStream]], logits_BV: Tensor
-    ) -> list[Piece]:
+    ) -> None:
         try:
             sampled = self._sampler.sample(logits_BV, [output.row for _, output in outputs])
         except InvalidLogitsError as error:
             bad = set(error.rows)
-            pieces = [self._finish(*outputs[at], FinishReason.ERROR) for at in error.rows]
+            for at in error.rows:
+                self._pieces.append(self._finish(*outputs[at], FinishReason.ERROR))
             good = [at for at in range(len(outputs)) if at not in bad]
-            rest = [outputs[at] for at in good]
-            return pieces + (self._choose(rest, logits_BV[good]) if rest else [])
-        return [
-            self._accept(generation, output, one)
-            for (generation, output), one in zip(outputs, sampled, strict=True)
-        ]
+            if good:
+                self._choose([outputs[at] for at in good], logits_BV[good])
+        except Exception:  # noqa: BLE001  it ends those that are to blame
+            if len(outputs) == 1:
+                self._fail(*outputs[0])
+                return
+            # No choice depends on the others: one by one, only those that are to blame fail.
+            for at, one in enumerate(outputs):
+                self._choose([one], logits_BV[at : at + 1])
+        else:
+            for (generation, output), one_sampled in zip(outputs, sampled, strict=True):
+                self._accept(generation, output, one_sampled)
 
-    def _accept(self, generation: Generation, output: OutputStream, sampled: Sampled) -> Piece:
-        text = output.accept(sampled)
-        output.request.held_lease().append([sampled.token_id])
+    def _accept(self, generation: Generation, output: OutputStream, sampled: Sampled) -> None:
+        try:
+            text = output.accept(sampled)
+            output.request.held_lease().append([sampled.token_id])
+        except Exception:  # noqa: BLE001  it ends this output alone
+            self._fail(generation, output)
+            return
         if output.finish_reason is not None:
             self._close(generation, output)
-        return generation.piece(output, [sampled], text)
+        self._pieces.append(generation.piece(output, [sampled], text))
+
+    def _fail(self, generation: Generation, output: OutputStream) -> None:
+        """End an output whose next token could not be chosen, or not be taken."""
+        _log.exception("output %d of request %d fails", output.choice, generation.request_id)
+        self._pieces.append(self._finish(generation, output, FinishReason.ERROR))
+
+    def _fail_prompt(self, request: Request) -> None:
+        """End all outputs of a prompt, of which this request is one; nothing where that is done."""
+        if request in self._request_to_output:
+            generation, _ = self._request_to_output[request]
+            self._pieces += self._end_all(generation, FinishReason.ERROR)
 
     def _end_all(self, generation: Generation, reason: FinishReason) -> list[Piece]:
         """End every output that runs; those not forked yet are never begun."""
@@ -256,28 +297,37 @@ class Engine:
         return [self._finish(generation, output, reason) for output in running]
 
     def _finish(self, generation: Generation, output: OutputStream, reason: FinishReason) -> Piece:
-        text = output.finish(reason)
+        text = ""
+        with outliving("giving out the last text"):
+            text = output.finish(reason)
         self._close(generation, output)
         return generation.piece(output, [], text)
 
     def _close(self, generation: Generation, output: OutputStream) -> None:
-        lease = output.request.lease
-        num_computed = None
+        """Give back all that an output holds; whatever fails of that, its last piece comes."""
+        request, lease, num_computed = output.request, output.request.lease, None
         # Beside the last token of an answer, which is never computed.
         if lease is not None and not lease.loads and lease.num_pending <= 1:
             num_computed = len(lease.chain) - lease.num_pending
-        self._scheduler.finish(output.request)
-        if self._explaining.is_asked(output.request):
-            chain, num_prompt = output.request.chain, output.request.num_prompt
-            prompt = chain.keys[: num_prompt // chain.block_size]
-            generation.expires_at = self.cache.lifetimes.register.first_end(prompt)
-        self._explaining.finish(output.request, num_computed)
-        del self._request_to_output[output.request]
+        del self._request_to_output[request]
+        with outliving("giving blocks back"):
+            self._scheduler.finish(request)
+        if self._explaining.is_asked(request):
+            with outliving("finding when a prompt expires"):
+                prompt = request.chain.keys[: request.num_prompt // request.chain.block_size]
+                generation.expires_at = self.cache.lifetimes.register.first_end(prompt)
+        with outliving("remembering a prompt"):
+            self._explaining.finish(request, num_computed)
         if generation.is_finished:
-            del self._generations[generation.request_id]
-            first = generation.outputs[0].request
+            self._close_prompt(generation)
+
+    def _close_prompt(self, generation: Generation) -> None:
+        del self._generations[generation.request_id]
+        first = generation.outputs[0].request
+        with outliving("measuring what was saved"):
             generation.saved_s = self._costs.saved_s(first)
-            if first.claim is not None:
+        if first.claim is not None:
+            with outliving("closing a claim"):
                 self.cache.close_claim(first.claim, first.chain)
 
     def _fork(self, generation: Generation) -> list[OutputStream]:
@@ -301,7 +351,9 @@ class Engine:
                 origin=first.request.origin,
             )
             prompt_ids = chain.tokens(0, first.request.num_prompt)
-            output = OutputStream(request, choice, prompt_ids, self._tokenizer, self._end)
+            output = OutputStream(
+                request, choice, prompt_ids, self._tokenizer, self._end, first=first
+            )
             generation.outputs.append(output)
             self._request_to_output[request] = (generation, output)
             if lease is None:

@@ -26,7 +26,10 @@ class EndTokens:
 
 
 class OutputStream:
-    """One output: the request that computes it, how its tokens are chosen, and its text."""
+    """One output: the request that computes it, how its tokens are chosen, and its text.
+
+    `first` is the first output of the same prompt, if this is another.
+    """
 
     def __init__(
         self,
@@ -35,13 +38,20 @@ class OutputStream:
         prompt_ids: Sequence[int],
         tokenizer: TokenDecoder | None,
         end: EndTokens,
+        *,
+        first: "OutputStream | None" = None,
     ) -> None:
         self.request = request
         self.choice = choice
         self.output_ids: list[int] = []
         self._end = end
-        self.row = SampleRow.start(
-            request.params, prompt_ids, self.output_ids, choice=choice, eos_ids=end.eos_ids
+        self.row: SampleRow = SampleRow.start(
+            request.params,
+            prompt_ids,
+            self.output_ids,
+            choice=choice,
+            eos_ids=end.eos_ids,
+            first=None if first is None else first.row,
         )
         self.finish_reason: FinishReason | None = None
         self._text = None
@@ -130,6 +140,7 @@ class Generation:
             text=text,
             sampled=tuple(sampled) if self.params.logprobs is not None else (),
             finish_reason=output.finish_reason,
+            failure=output.row.failure if output.finish_reason is FinishReason.ERROR else None,
             reused_tokens=self._reused_tokens if is_first else None,
             receipt=self._receipt() if self.is_finished else None,
         )

@@ -24,7 +24,8 @@ class Piece:
     """What one step adds to one output; the last piece of an output has a `finish_reason`.
 
     `text` holds whole characters only, so it can lag behind `token_ids`. The first piece of a request says
-    how many of its prompt tokens were reused, which a stream can tell before its end.
+    how many of its prompt tokens were reused, which a stream can tell before its end. `failure` is why an
+    output ended with ERROR, where a grammar can say it.
     """
 
     request_id: RequestId
@@ -33,6 +34,7 @@ class Piece:
     text: str
     sampled: tuple[Sampled, ...] = ()
     finish_reason: FinishReason | None = None
+    failure: str | None = None
     reused_tokens: int | None = None
     receipt: Receipt | None = None
 

@@ -32,7 +32,7 @@ __all__ = ["ExportReceipt", "ImportReceipt", "export_chains", "import_chains"]
 
 _FORMAT = "kvkeep-chains/1"
 _COPY_BYTES = 2**20
-_TOKEN_BYTES = 4
+_DTYPE = "U8"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +77,18 @@ class _Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     blocks: list[_Block]
 
 
+class _Slice(Protocol):
+    """What is known of a tensor before it is read."""
+
+    def get_dtype(self) -> str: ...
+
+    def get_shape(self) -> list[int]: ...
+
+
 class _Tensors(Protocol):
     """What safe_open gives, which has no types."""
+
+    def get_slice(self, name: str) -> _Slice: ...
 
     def get_tensor(self, name: str) -> np.ndarray[Any, Any]: ...
 
@@ -132,6 +142,7 @@ def import_chains(installed: InstalledModel, root: BlockKey, path: str | Path) -
         with safe_open(str(source), framework="np") as file:
             manifest = _read_manifest(source, file.metadata() or {})
             _refuse_others(installed, root, manifest, source)
+            _refuse_repeated(manifest, source)
             counts: Counter[InsertOutcome] = Counter()
             blocks = _block_bytes(installed)
             for entry, block, payload in _blocks(manifest, root, file, source):
@@ -194,7 +205,11 @@ def _assemble(target: Path, manifest: _Manifest, written: _Written, body: IO[byt
     header: dict[str, Any] = {"__metadata__": {"kvkeep": msgspec.json.encode(manifest).decode()}}
     start = 0
     for block, size in zip(written.blocks, written.sizes, strict=True):
-        header[block.name] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
+        header[block.name] = {
+            "dtype": _DTYPE,
+            "shape": [size],
+            "data_offsets": [start, start + size],
+        }
         start += size
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # data are to begin at a multiple of eight
@@ -233,6 +248,15 @@ def _refuse_others(
             )
 
 
+def _refuse_repeated(manifest: _Manifest, path: Path) -> None:
+    names = {block.name for block in manifest.blocks}
+    if len(names) < len(manifest.blocks):
+        raise CorruptBlockError(
+            f"path={str(path)!r} names {len(manifest.blocks)} blocks, of which {len(names)} differ; "
+            "export it anew"
+        )
+
+
 def _blocks(
     manifest: _Manifest, root: BlockKey, file: _Tensors, path: Path
 ) -> Iterator[tuple[Entry, _Block, memoryview]]:
@@ -253,13 +277,25 @@ def _blocks(
             and len(block.tokens) == manifest.block_size
             and 0 <= block.group < len(manifest.groups)
         )
-        payload = file.get_tensor(block.name).data
+        payload = _payload_of(file, block.name, path)
         if not is_right or checksum([payload]).hex() != block.checksum:
             raise CorruptBlockError(
                 f"path={str(path)!r} has a block {block.name[:16]} that is not what it claims to be; "
                 "export it anew"
             )
         yield Entry(key, parent, tokens, root), block, payload
+
+
+def _payload_of(file: _Tensors, name: str, path: Path) -> memoryview:
+    """The bytes of a block. What numbers a tensor is of is looked at first: numpy has not all of them."""
+    tensor = file.get_slice(name)
+    dtype, shape = tensor.get_dtype(), tensor.get_shape()
+    if dtype != _DTYPE or len(shape) != 1:
+        raise CorruptBlockError(
+            f"path={str(path)!r} has a block {name[:16]} with dtype={dtype!r:.20} and {len(shape)} "
+            f"dimensions, where {_DTYPE!r} and 1 are written; export it anew"
+        )
+    return file.get_tensor(name).data
 
 
 def _block_bytes(installed: InstalledModel) -> BlockBytes:

@@ -3,13 +3,13 @@
 Shape suffixes:
     B  rows of the batch            V  vocabulary
     R  rows chosen at random        C  best candidates, most likely first
-    L  rows that report logprobs    T  different tokens of one row's history, or those with a bias
+    L  rows that report logprobs    T  tokens with a bias, or that are forbidden
 """
 
 import math
 import secrets
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from kvkeep.config import SamplingParams
 from kvkeep.config.grammar import TokenMatcher
 from kvkeep.config.sampling import MAX_TOP_LOGPROBS
+from kvkeep.engine.logit_changes import PenalisedRow, TokenChange, TokenCounts, penalise
 from kvkeep.errors import SamplingError
 
 __all__ = ["InvalidLogitsError", "SampleRow", "Sampled", "Sampler", "TokenLogprob"]
@@ -67,7 +68,8 @@ class SampleRow:
     `output_ids` is the request's own list: the caller appends each chosen token before the next
     choice. Randomness is a pure function of `noise_seed` and the position in the output, so a
     choice repeats exactly after preemption, after a lost step, and on another machine. `end_ids` are
-    the tokens that end the output.
+    the tokens that end the output. `first` is the row of the request's first output, which has what is made
+    once for all of them; None for that row itself.
     """
 
     params: SamplingParams
@@ -75,7 +77,11 @@ class SampleRow:
     output_ids: Sequence[int]
     noise_seed: bytes
     end_ids: Collection[int] = ()
-    _prompt_set: frozenset[int] | None = field(default=None, init=False, repr=False)
+    first: "SampleRow | None" = None
+    _bias: TokenChange | None = field(default=None, init=False, repr=False)
+    _ban: TokenChange | None = field(default=None, init=False, repr=False)
+    _prompt_counts: TokenCounts | None = field(default=None, init=False, repr=False)
+    _counts: TokenCounts | None = field(default=None, init=False, repr=False)
     _matcher: TokenMatcher | None = field(default=None, init=False, repr=False)
     _num_matched: int = field(default=0, init=False, repr=False)
 
@@ -88,6 +94,7 @@ class SampleRow:
         *,
         choice: int = 0,
         eos_ids: Collection[int] = (),
+        first: "SampleRow | None" = None,
     ) -> "SampleRow":
         """Begin output number `choice` of `params.n`; without a seed, draw a fresh one.
 
@@ -100,6 +107,7 @@ class SampleRow:
             output_ids=output_ids,
             noise_seed=f"{seed}:{choice}".encode(),
             end_ids={*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)},
+            first=first,
         )
 
     def uniform(self) -> float:
@@ -108,9 +116,16 @@ class SampleRow:
         digest = blake2b(self.noise_seed + b":" + position, digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
-    def too_early(self) -> Collection[int]:
-        """Tokens that may not come next, since they would end the output before `min_tokens`."""
-        return self.end_ids if len(self.output_ids) < self.params.min_tokens else ()
+    def changes(self) -> list[TokenChange]:
+        """What is changed next, in this order: biases, and a ban on an end before `min_tokens`."""
+        first, biases = self.first or self, self.params.logit_bias
+        if biases and first._bias is None:
+            first._bias = TokenChange([*biases], [*biases.values()])
+        is_too_early = len(self.output_ids) < self.params.min_tokens
+        if is_too_early and first._ban is None:
+            first._ban = TokenChange([*self.end_ids])
+        found = (first._bias, first._ban if is_too_early else None)
+        return [change for change in found if change is not None]
 
     def allowed(self) -> bytes | None:
         """What the grammar lets come next, as TokenMatcher.allowed; None without a grammar."""
@@ -123,11 +138,21 @@ class SampleRow:
         self._num_matched = len(self.output_ids)
         return self._matcher.allowed()
 
-    def seen_ids(self) -> Iterable[int]:
-        """The different tokens of prompt and output."""
-        if self._prompt_set is None:
-            self._prompt_set = frozenset(self.prompt_ids)
-        return self._prompt_set.union(self.output_ids)
+    @property
+    def failure(self) -> str | None:
+        """Why the grammar cannot go on, as TokenMatcher.failure; None without a grammar."""
+        return None if self._matcher is None else self._matcher.failure
+
+    def counts(self, num_vocabulary: int) -> TokenCounts:
+        """The tokens that the penalties are about."""
+        first = self.first or self
+        if first._prompt_counts is None:
+            start = frozenset(self.prompt_ids) if self.params.repetition_penalty != 1 else ()
+            first._prompt_counts = TokenCounts(start, num_vocabulary)
+        if self._counts is None:
+            self._counts = first._prompt_counts.fork()
+        self._counts.follow(self.output_ids)
+        return self._counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,23 +286,23 @@ def _adjusted(logits_BV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     if not any(row.params.adjusts_logits for row in rows):
         return logits_BV
     adjusted_BV = logits_BV.to(torch.float32, copy=True)
+    penalised = [
+        PenalisedRow(number, row.params, row.counts(logits_BV.shape[1]))
+        for number, row in enumerate(rows)
+        if row.params.needs_history
+    ]
+    if penalised:
+        penalise(adjusted_BV, penalised)
+    change_to_numbers: dict[TokenChange, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        for change in row.changes():
+            change_to_numbers[change].append(number)
+    for change, numbers in change_to_numbers.items():
+        change.apply_to(adjusted_BV, numbers)
     for adjusted_V, row in zip(adjusted_BV, rows, strict=True):
-        if row.params.needs_history:
-            _penalise(adjusted_V, row)
-        if row.params.logit_bias:
-            _add_biases(adjusted_V, row.params.logit_bias)
-        for token_id in row.too_early():
-            if token_id < len(adjusted_V):
-                adjusted_V[token_id] = -torch.inf
         if (allowed := row.allowed()) is not None:
             _forbid(adjusted_V, allowed)
     return adjusted_BV
-
-
-def _add_biases(logits_V: Tensor, biases: Mapping[int, float]) -> None:
-    known = {token_id: bias for token_id, bias in biases.items() if token_id < len(logits_V)}
-    known_T = torch.tensor(list(known), dtype=torch.long, device=logits_V.device)
-    logits_V[known_T] += torch.tensor(list(known.values()), device=logits_V.device)
 
 
 def _forbid(logits_V: Tensor, allowed: bytes) -> None:
@@ -287,29 +312,6 @@ def _forbid(logits_V: Tensor, allowed: bytes) -> None:
     num_known = min(len(bits), len(logits_V))
     forbidden_V[:num_known] = torch.from_numpy(bits[:num_known] == 0)
     logits_V.masked_fill_(forbidden_V.to(logits_V.device), -torch.inf)
-
-
-def _penalise(logits_V: Tensor, row: SampleRow) -> None:
-    """Apply the penalties of one row in place."""
-    num_vocabulary = logits_V.shape[0]
-    count_by_id = {
-        token_id: count
-        for token_id, count in Counter(row.output_ids).items()
-        if token_id < num_vocabulary
-    }
-    device = logits_V.device
-    if (repetition := row.params.repetition_penalty) != 1:
-        # Placeholders of images and the like stand in prompts with ids behind the vocabulary.
-        seen = [token_id for token_id in row.seen_ids() if token_id < num_vocabulary]
-        seen_T = torch.tensor(seen, dtype=torch.long, device=device)
-        seen_logits_T = logits_V[seen_T]
-        logits_V[seen_T] = torch.where(
-            seen_logits_T > 0, seen_logits_T / repetition, seen_logits_T * repetition
-        )
-    used_T = torch.tensor(list(count_by_id), dtype=torch.long, device=device)
-    counts_T = torch.tensor(list(count_by_id.values()), dtype=torch.float32, device=device)
-    params = row.params
-    logits_V[used_T] -= params.presence_penalty + params.frequency_penalty * counts_T
 
 
 def _with_logprobs(
@@ -322,8 +324,9 @@ def _with_logprobs(
         return sampled
     logits_LV = _take(logits_BV, asking).float()
     norm_L1 = logits_LV.logsumexp(dim=-1, keepdim=True)
-    # Always the same number, so that the order of equals does not depend on the other rows.
-    top_LC = logits_LV.topk(min(MAX_TOP_LOGPROBS, logits_LV.shape[1]), dim=-1)
+    # Always the same number or none, so that the order of equals does not depend on the other rows.
+    num_top = MAX_TOP_LOGPROBS if any(row.params.logprobs for row in rows) else 0
+    top_LC = logits_LV.topk(min(num_top, logits_LV.shape[1]), dim=-1)
     chosen_L1 = torch.tensor([[choices[number]] for number in asking], device=logits_LV.device)
     chosen = (logits_LV.gather(1, chosen_L1) - norm_L1).squeeze(1).tolist()
     top_logprobs = (top_LC.values - norm_L1).tolist()

@@ -11,6 +11,7 @@ from transformers.cache_utils import DummyLayer
 
 from kvkeep.cache import CacheStats, DropReceipt, Receipt, VerifyReport
 from kvkeep.config import EngineSettings
+from kvkeep.config.nearest import checked_names
 from kvkeep.config.sizes import format_bytes
 from kvkeep.errors import CapacityError, RequestError
 from kvkeep.hf.format_probe import FormatProbe
@@ -28,6 +29,7 @@ from kvkeep.spec import LayerKind
 __all__ = ["KeepCache"]
 
 
+@checked_names
 class KeepCache(Cache, ForwardListener):
     """A cache for `model.generate()` that remembers earlier calls.
 

@@ -49,6 +49,7 @@ def load_model(
     if isinstance(model, tuple):
         model, tokenizer = _pair(model)
     torch_dtype = _dtype(dtype)
+    _check_device(device)
     if isinstance(model, PreTrainedModel):
         loaded, name = model, type(model).__name__
         if torch_dtype is not None or device is not None:
@@ -92,6 +93,24 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(f'dtype={dtype!r} is unknown; give "float32", "bfloat16" or "float16"')
     return found
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    """Raise ConfigError for a device that there is not, before anything is loaded for it."""
+    if device is None:
+        return
+    known = ['"cpu"', *(f'"cuda:{number}"' for number in range(torch.cuda.device_count()))]
+    remedy = f"give {' or '.join(known)}"
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device={device!r:.80} is no device; {remedy}") from error
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device={str(device)!r} cannot be used here ({_first_line(error)}); {remedy}"
+        ) from error
 
 
 def _from_pretrained(

@@ -41,13 +41,16 @@ class Times:
     saved_s: float | None = None
 
 
-def reuse_class(receipt: ReceiptCounts, block_size: int) -> str:
-    """Of REUSE_CLASSES: "hit" where all full blocks of the prompt were there, "miss" where nothing was."""
-    if not receipt.reused_tokens:
-        return "miss"
+def reuse_class(prompt_tokens: int, reused_tokens: int, block_size: int) -> str:
+    """Of REUSE_CLASSES, by the full blocks of a prompt: "hit" where all were there, "miss" where none was.
+
+    A prompt without a full block is a miss, whatever it shares with the beginning of another one's.
+    """
     # The last token is computed even where its block was there.
-    most = max(1, receipt.prompt_tokens % block_size)
-    return "hit" if receipt.computed_tokens <= most else "partial"
+    most_computed = max(1, prompt_tokens % block_size)
+    if prompt_tokens >= block_size and prompt_tokens - reused_tokens <= most_computed:
+        return "hit"
+    return "partial" if reused_tokens >= block_size else "miss"
 
 
 class RequestCounters:

@@ -121,12 +121,12 @@ class Request:
 
     def release(self) -> None:
         """Give the blocks back, if there are any."""
-        if self.lease is not None:
-            self._number_to_source |= self.lease.loaded
-            self.load_failures.update(self.lease.failed.values())
-            self.restore_s += self.lease.restore_s
-            self.lease.release()
-            self.lease = None
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            self._number_to_source |= lease.loaded
+            self.load_failures.update(lease.failed.values())
+            self.restore_s += lease.restore_s
+            lease.release()
 
     def held_lease(self) -> Lease:
         """The lease of a running request."""

@@ -92,8 +92,8 @@ class Scheduler:
             self._running.remove(request)
         elif request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
-        request.release()
         request.status = RequestStatus.FINISHED
+        request.release()
 
     def plan(self) -> StepPlan:
         """Choose the next step's spans; admits, extends leases and preempts where memory runs out."""
@@ -199,8 +199,8 @@ class Scheduler:
                 if self._cache.wait(_WAIT_FOR_ROOM_S):
                     self._cache.poll()  # what has arrived gives up the places that it held
                     continue
-                if self._cache.yield_pins():
-                    continue
+                if self._cache.extend_over_pins(lease, spans):
+                    break
                 lease = self._restart_alone(request)
                 spans = self._cut(lease, step.budget)
                 continue

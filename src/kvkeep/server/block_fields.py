@@ -1,6 +1,7 @@
 """Fields of the blocks and items that prompts of the newer protocols are made of."""
 
 from collections.abc import Mapping, Sequence
+from reprlib import repr as shortened
 from typing import Any
 
 from kvkeep.errors import RequestError
@@ -19,10 +20,9 @@ def text_field(block: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value in a message; of nested ones only the kind, for they may be of any size and depth."""
-    if isinstance(value, list | dict):
-        return type(value).__name__
-    return repr(value)[:_LONGEST_SHOWN]
+    """A value in a message; of nested ones the beginning, for they may be of any size and depth."""
+    written = shortened(value) if isinstance(value, list | dict) else repr(value)
+    return written[:_LONGEST_SHOWN]
 
 
 def content_of(parts: Sequence[dict[str, Any]]) -> str | list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import re
 
 from kvkeep.server.errors import ApiError
 
-__all__ = ["check_text"]
+__all__ = ["text_of"]
 
 # As much of JSON as has no half of a pair alone: plain text, escapes, pairs, other escapes with "u".
 _WHOLE_CHARACTERS = re.compile(
@@ -14,8 +14,8 @@ _WHOLE_CHARACTERS = re.compile(
 )
 
 
-def check_text(body: bytes) -> None:
-    """Raise ApiError 400 for JSON whose text no encoding of Unicode can hold."""
+def text_of(body: bytes) -> str:
+    """The text of JSON. Raises ApiError 400 where no encoding of Unicode can hold it."""
     try:
         text = body.decode(json.detect_encoding(body))
     except UnicodeDecodeError as error:
@@ -23,7 +23,7 @@ def check_text(body: bytes) -> None:
             400, f"the body is no valid {error.encoding} at byte {error.start}; send UTF-8"
         ) from error
     if "\\ud" not in text and "\\uD" not in text:
-        return
+        return text
     place = _WHOLE_CHARACTERS.match(text).end()  # type: ignore[union-attr]  # it matches nothing, too
     if text.startswith("\\u", place):
         raise ApiError(
@@ -31,3 +31,4 @@ def check_text(body: bytes) -> None:
             f"the body has half a character (U+{text[place + 2 : place + 6].upper():.4}) at character "
             f"{place}; send valid Unicode",
         )
+    return text

@@ -10,10 +10,12 @@ from kvkeep.server.cache_context_work import (
     compute_context,
     context_fields,
     contexts_fields,
+    gone_context,
     make_context,
     pin_context,
     receipt_fields,
     unpin_context,
+    written_ttl,
 )
 from kvkeep.server.cache_contexts import session_of_context
 from kvkeep.server.cache_orders import close_session, session_of
@@ -74,10 +76,11 @@ def _add_changes(router: APIRouter) -> None:
         context = kept.contexts.get(scope.salt(salt), name)
         if asked.ttl is not None or asked.tags is not None:
             tags = dict.fromkeys([*context.tags, *(asked.tags or ())])
-            ttl = context.ttl if asked.ttl is None else asked.ttl
+            ttl = context.ttl if asked.ttl is None else written_ttl(asked.ttl)
             context = replace(context, tags=tuple(tags), ttl=ttl, warmed_at=time())
             await compute_context(service, scope.tenant, context, request_id_of(request))
-            await kept.keep(context)
+            if not await kept.renew(context):
+                raise gone_context(name)
         if asked.pinned:
             await pin_context(service, scope, kept, context)
         elif asked.pinned is False:

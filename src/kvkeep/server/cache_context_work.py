@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
+from math import inf
 from time import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvkeep.llm import LLM
 from kvkeep.server.auth import Tenant
 from kvkeep.server.cache_contexts import Context, session_of_context
 from kvkeep.server.cache_entry_routes import pin_keys
+from kvkeep.server.cache_erasures import Watch
 from kvkeep.server.cache_prompts import encode_given
 from kvkeep.server.cache_schemas import ContextRequest
 from kvkeep.server.cache_scope import Scope
@@ -29,12 +31,13 @@ __all__ = [
     "compute_context",
     "context_fields",
     "contexts_fields",
-    "erase_contexts",
+    "gone_context",
     "make_context",
     "outlast_sessions",
     "pin_context",
     "receipt_fields",
     "unpin_context",
+    "written_ttl",
 ]
 
 _ROUTE = "/v1/cache/contexts"
@@ -51,29 +54,54 @@ async def make_context(
 ) -> Receipt:
     """Compute a prompt ahead, as a request of `tenant`, and keep it under a name; again renews it.
 
-    Raises ApiError for what cannot be: too long, too many; PinCapacityError over the cap of pins, and then
-    nothing is kept.
+    Raises ApiError for what cannot be: too long, too many, erased meanwhile; PinCapacityError over the cap of
+    pins, and then nothing is kept.
     """
-    prompt = await encode_given(service, tenant, asked)
     salt = scope.salt(asked.salt)
-    kept.contexts.check_room(salt, asked.name, len(prompt.ids))
-    if asked.pin:
-        await service.call(lambda llm: _check_pin_room(llm, prompt.ids, salt))
+    watch = kept.watch(scope.tenant, salt)
+    prompt = await encode_given(service, tenant, asked)
     context = Context(
         name=asked.name,
         salt=salt,
         token_ids=array("I", prompt.ids),
         tags=tuple(asked.tags),
-        ttl=asked.ttl,
+        ttl=written_ttl(asked.ttl),
         pin=None,
         created_at=time(),
         warmed_at=time(),
+        owner=scope.tenant.tenant_id,
     )
+    kept.contexts.check_room(context)
+    if asked.pin:
+        await service.call(lambda llm: _check_pin_room(llm, prompt.ids, salt))
+    _check_watch(watch)
     receipt = await compute_context(service, tenant, context, request_id)
-    await kept.keep(context)
+    _check_watch(watch)
+    context = await kept.keep(context)
     if asked.pin:
         await pin_context(service, scope, kept, context)
     return receipt
+
+
+def written_ttl(ttl: float | str | None) -> float | str | None:
+    """A time to live as JSON can have it, which knows no number without end."""
+    return "never" if ttl == inf else ttl
+
+
+def _check_watch(watch: Watch) -> None:
+    if watch.is_erased:
+        raise ApiError(
+            409,
+            "what the tenant has was erased while the context was computed; make the context again",
+            code="erased",
+        )
+
+
+def gone_context(name: str) -> ApiError:
+    """For a change of a context that was removed while it was carried out."""
+    return ApiError(
+        404, f"context {name!r:.200} was removed meanwhile; make it again", code="unknown"
+    )
 
 
 def _check_pin_room(llm: LLM, ids: Sequence[int], salt: str | None) -> None:
@@ -122,14 +150,17 @@ def outlast_sessions(llm: LLM, contexts: Sequence[Context]) -> None:
 
 
 async def pin_context(service: Service, scope: Scope, kept: CacheState, context: Context) -> None:
-    """Pin what is known of a context. Raises PinCapacityError over the cap."""
+    """Pin what is known of a context. Raises PinCapacityError over the cap, ApiError 404 if it is gone."""
     name = session_of_context(context.name)
     if context.salt != scope.tenant.salt:
         # Contexts of one name and several salts have a pin each.
         digest = sha256((context.salt or "").encode(errors="surrogatepass")).hexdigest()
         name += f"@{digest[:8]}"
     await pin_keys(service, scope, name, context.token_ids, context.salt)
-    await kept.keep(replace(context, pin=scope.pin_name(name)))
+    pin = PinId(scope.pin_name(name))
+    if not await kept.renew(replace(context, pin=pin)):
+        await service.call(lambda llm: _unpin(llm, pin))
+        raise gone_context(context.name)
 
 
 async def unpin_context(service: Service, kept: CacheState, context: Context) -> None:
@@ -137,30 +168,14 @@ async def unpin_context(service: Service, kept: CacheState, context: Context) ->
     if context.pin is None:
         return
     pin = PinId(context.pin)
-
-    def order(llm: LLM) -> None:
-        # Others may have ended it, and a crash may have lost it.
-        if pin in _pins(llm):
-            llm.cache.unpin(pin)
-
-    await service.call(order)
-    await kept.keep(replace(context, pin=None))
+    await service.call(lambda llm: _unpin(llm, pin))
+    await kept.renew(replace(context, pin=None))
 
 
-async def erase_contexts(service: Service, kept: CacheState, salts: tuple[str | None, ...]) -> None:
-    """Leave nothing of the contexts and pins of these salts: no name, no pin, no token in the file."""
-    for context in list(kept.contexts.all(salts)):
-        await unpin_context(service, kept, context)
-        await kept.forget(context)
-    await service.call(lambda llm: _unpin_all(llm, salts))
-    await kept.tidy()
-
-
-def _unpin_all(llm: LLM, salts: tuple[str | None, ...]) -> None:
-    roots = {llm.engine.namespace(salt).root_key() for salt in salts}
-    for pin in llm.cache.pins():
-        if pin.namespace in roots:
-            llm.cache.unpin(pin.name)
+def _unpin(llm: LLM, pin: PinId) -> None:
+    # Others may have ended it, and a crash may have lost it.
+    if pin in _pins(llm):
+        llm.cache.unpin(pin)
 
 
 async def context_fields(service: Service, context: Context) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Named contexts: prompts that were computed ahead, by tenant and name."""
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from kvkeep.server.errors import ApiError
@@ -11,6 +11,7 @@ __all__ = ["Context", "ContextBook", "context_of_session", "session_of_context"]
 # A context is used by a session of its own: its end forgets what nobody else uses, and labels keep its name
 # over a restart.
 _SESSION_PREFIX = "context:"
+_MOST_SHARES = 10
 
 
 def session_of_context(name: str) -> str:
@@ -25,7 +26,10 @@ def context_of_session(session: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """One context. `pin` is its pin's name in the cache, None while it is not pinned; times in seconds."""
+    """One context. `pin` is its pin's name in the cache, None while it is not pinned; times in seconds.
+
+    `owner` is the tenant whose share of all contexts it takes; None where that was not written down.
+    """
 
     name: str
     salt: str | None
@@ -35,14 +39,31 @@ class Context:
     pin: str | None
     created_at: float
     warmed_at: float
+    owner: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    num_contexts: int
+    num_tokens: int
 
 
 class ContextBook:
-    """All contexts; bounded, so that names cannot fill the memory."""
+    """All contexts; bounded, so that names cannot fill the memory.
 
-    def __init__(self, *, max_contexts: int = 10_000, max_tokens: int = 64 * 2**20) -> None:
-        self._max_contexts = max_contexts
-        self._max_tokens = max_tokens
+    Each of a few tenants has an equal share to itself; each of many may have as much as one of ten.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tenants: int = 1,
+        max_contexts: int = 10_000,
+        max_tokens: int = 64 * 2**20,
+    ) -> None:
+        num_shares = min(num_tenants, _MOST_SHARES)
+        self._all = _Room(max_contexts, max_tokens)
+        self._share = _Room(max_contexts // num_shares, max_tokens // num_shares)
         self._contexts: dict[tuple[str | None, str], Context] = {}
 
     def __len__(self) -> int:
@@ -53,20 +74,30 @@ class ContextBook:
         """Tokens of all contexts."""
         return sum(len(one.token_ids) for one in self._contexts.values())
 
-    def check_room(self, salt: str | None, name: str, num_tokens: int) -> None:
-        """Raise ApiError 413 where a context of so many tokens has no room in the book."""
-        known = self._contexts.get((salt, name))
-        before = 0 if known is None else len(known.token_ids)
-        if known is None and len(self._contexts) >= self._max_contexts:
-            raise ApiError(
-                413, f"there are {len(self)} contexts already; delete some first", code="too_many"
+    def check_room(self, context: Context) -> None:
+        """Raise ApiError 413 where a context has no room in the book, or in its owner's share.
+
+        The message tells of the owner's contexts alone.
+        """
+        place = (context.salt, context.name)
+        others = [one for known, one in self._contexts.items() if known != place]
+        own = _room_of(one for one in others if one.owner == context.owner)
+        num_tokens = own.num_tokens + len(context.token_ids)
+        if own.num_contexts >= self._share.num_contexts:
+            raise _too_many(
+                f"you have {own.num_contexts} contexts, at most {self._share.num_contexts}; delete some first"
             )
-        total = self.num_tokens - before + num_tokens
-        if total > self._max_tokens:
-            raise ApiError(
-                413,
-                f"contexts would have {total} tokens together, at most {self._max_tokens}; delete some",
-                code="too_many",
+        if num_tokens > self._share.num_tokens:
+            raise _too_many(
+                f"your contexts would have {num_tokens} tokens together, at most {self._share.num_tokens}; "
+                "delete some first"
+            )
+        total = _room_of(others)
+        is_full = total.num_contexts >= self._all.num_contexts
+        if is_full or total.num_tokens + len(context.token_ids) > self._all.num_tokens:
+            raise _too_many(
+                f"there is no room for another context beside the {own.num_contexts} that you have, and "
+                "those of others; delete some of yours, or try again later"
             )
 
     def put(self, context: Context) -> Context:
@@ -101,3 +132,12 @@ class ContextBook:
         for _, context in sorted(self._contexts.items(), key=lambda item: item[0][1]):
             if not salts or context.salt in salts:
                 yield context
+
+
+def _room_of(contexts: Iterable[Context]) -> _Room:
+    sizes = [len(one.token_ids) for one in contexts]
+    return _Room(len(sizes), sum(sizes))
+
+
+def _too_many(message: str) -> ApiError:
+    return ApiError(413, message, code="too_many")

@@ -1,28 +1,24 @@
 """/v1/cache/entries and pins: single blocks, and what is kept on purpose."""
 
-from collections.abc import Callable, Sequence
-from string import hexdigits
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 
-from kvkeep.cache import BlockReport, PinId, Selector, SessionId
+from kvkeep.cache import PinId, Selector, SessionId
 from kvkeep.llm import LLM
 from kvkeep.server.block_content import block_content
-from kvkeep.server.cache_groups import grouped
+from kvkeep.server.cache_listing import block_page, entry_of, group_page
 from kvkeep.server.cache_orders import purge_to_end
 from kvkeep.server.cache_prompts import encode_given
 from kvkeep.server.cache_schemas import EntryQuery, PinRequest
 from kvkeep.server.cache_scope import AdminScope, AskerScope, Scope
 from kvkeep.server.cache_state import CacheState, Kept
-from kvkeep.server.cache_work import MOST_LISTED, block_fields, pin_fields, purge_fields
+from kvkeep.server.cache_work import block_fields, pin_fields, purge_fields
 from kvkeep.server.errors import ApiError
 from kvkeep.server.service import Service, Serving
-from kvkeep.spec import BlockKey
 
 __all__ = ["pin_keys", "routes"]
-
-_LEAST_DIGITS, _KEY_DIGITS = 8, 64
 
 
 def routes() -> APIRouter:
@@ -36,18 +32,21 @@ def routes() -> APIRouter:
 def _add_entries(router: APIRouter) -> None:
     @router.get("/v1/cache/entries")
     async def entries(
-        service: Serving,
         scope: AdminScope,
+        kept: Kept,
         asked: Annotated[EntryQuery, Query()],
     ) -> dict[str, Any]:
-        """Blocks by what they bear; with `by=labels` those that bear the same are one entry."""
-        found = await service.call(_listing(asked, scope))
+        """Blocks by what they bear; with `by=labels` those that bear the same are one entry.
+
+        Decoding goes on meanwhile, so that the list may be of slightly different moments.
+        """
         if asked.by == "labels":
-            rows = grouped(found, service.llm.settings.block_size, scope.named)
-        else:
-            found.sort(key=_ORDERS[asked.sort])
-            rows = [scope.named(block_fields(one), one.namespace) for one in found]
-        return _page(rows, asked.limit, asked.after)
+            groups = await kept.inspections.ask(scope.tenant, group_page(asked, scope))
+            rows = [scope.named(one.fields(), one.first.namespace) for one in groups.groups]
+            return _page(rows, has_more=groups.has_more)
+        blocks = await kept.inspections.ask(scope.tenant, block_page(asked, scope))
+        rows = [scope.named(block_fields(one), one.namespace) for one in blocks.reports]
+        return _page(rows, has_more=blocks.has_more)
 
     _add_entry(router)
 
@@ -57,6 +56,7 @@ def _add_entry(router: APIRouter) -> None:
     async def entry(
         service: Serving,
         scope: AskerScope,
+        kept: Kept,
         entry_id: str,
         salt: str | None = None,
         include: Literal["text"] | None = None,
@@ -65,7 +65,7 @@ def _add_entry(router: APIRouter) -> None:
 
         That is known of prompts that were sent lately; `content` is null for all others.
         """
-        report = await service.call(_entry(entry_id, scope, salt))
+        report = await kept.inspections.ask(scope.tenant, entry_of(entry_id, scope, salt))
         fields = scope.named(block_fields(report), report.namespace)
         if include is None:
             return fields
@@ -82,84 +82,17 @@ def _add_entry(router: APIRouter) -> None:
         dry_run: bool = False,
     ) -> dict[str, Any]:
         """Forget one block everywhere."""
-        find = _entry(entry_id, scope)
-
-        def choose(llm: LLM) -> Selector:
-            return Selector(keys=(find(llm).key,), include_pinned=include_pinned)
-
-        receipt = await purge_to_end(service, choose, dry_run=dry_run)
+        report = await kept.inspections.ask(scope.tenant, entry_of(entry_id, scope))
+        chosen = Selector(keys=(report.key,), include_pinned=include_pinned)
+        receipt = await purge_to_end(service, lambda _: chosen, dry_run=dry_run)
         kept.events.purged(receipt, scope.owner)
         return purge_fields(receipt)
 
 
-_ORDERS: dict[str, Callable[[BlockReport], Any]] = {
-    "bytes": lambda one: (-one.num_bytes, one.key),
-    "last_used": lambda one: (-(one.used_at or 0.0), one.key),
-    "created": lambda one: (-one.created_at, one.key),
-}
-
-
-def _listing(asked: EntryQuery, scope: Scope) -> Callable[[LLM], list[BlockReport]]:
-    """The question for all blocks that a list is about."""
-    salts = scope.salts(asked.salt)
-    tags = () if asked.tag is None else (asked.tag,)
-    selector = Selector(tags=tags, salts=salts, everything=not (tags or salts))
-
-    def ask(llm: LLM) -> list[BlockReport]:
-        found = llm.cache.entries(selector, limit=MOST_LISTED)
-        return [
-            one
-            for one in found
-            if asked.tier in (None, *one.places) and asked.session in (None, *one.sessions)
-        ]
-
-    return ask
-
-
-def _page(rows: list[dict[str, Any]], limit: int, after: str | None) -> dict[str, Any]:
-    """A part of a list, as the protocols have it: `after` is the id of the last row that was seen."""
-    start = 0
-    if after is not None:
-        ids = [row["id"] for row in rows]
-        if after not in ids:
-            raise ApiError(
-                404, f"after={after!r:.80} is not in the list any more; begin anew", param="after"
-            )
-        start = ids.index(after) + 1
-    page = rows[start : start + limit]
-    return {
-        "object": "list",
-        "data": page,
-        "has_more": start + limit < len(rows),
-        "last_id": page[-1]["id"] if page else None,
-    }
-
-
-def _entry(entry_id: str, scope: Scope, salt: str | None = None) -> Callable[[LLM], BlockReport]:
-    """The question for a block by its key in hex, or by the first digits of it that no other begins with."""
-    unknown = ApiError(404, f"there is no entry {entry_id!r:.80}", param="entry_id", code="unknown")
-    is_hex = all(digit in hexdigits for digit in entry_id)
-    if not (is_hex and _LEAST_DIGITS <= len(entry_id) <= _KEY_DIGITS):
-        raise unknown
-    is_whole, salts = len(entry_id) == _KEY_DIGITS, scope.salts(salt)
-
-    def find(llm: LLM) -> BlockReport:
-        selector = Selector(salts=salts, everything=not salts)
-        if is_whole:
-            selector = Selector(keys=(BlockKey(bytes.fromhex(entry_id)),), salts=salts)
-        begin = entry_id.lower()
-        listed = llm.cache.entries(selector, limit=MOST_LISTED)
-        found = [one for one in listed if one.key.hex().startswith(begin)]
-        if not found:
-            raise unknown
-        if len(found) > 1:
-            message = (
-                f"entry_id={entry_id!r} begins the keys of {len(found)} blocks; give more digits"
-            )
-            raise ApiError(400, message, param="entry_id")
-        return found[0]
-
-    return find
+def _page(rows: list[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    """A part of a list, as the protocols have it."""
+    last_id = rows[-1]["id"] if rows else None
+    return {"object": "list", "data": rows, "has_more": has_more, "last_id": last_id}
 
 
 def _add_pins(router: APIRouter) -> None:

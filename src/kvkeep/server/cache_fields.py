@@ -265,6 +265,8 @@ def _read_marks(reading: _Reading, marks: Sequence[object]) -> None:
             raise RequestError(
                 f'cache_control={shown(mark)} is no object; give {{"type": "ephemeral"}}'
             )
+        if (kind := mark.get("type", "ephemeral")) != "ephemeral":
+            raise RequestError(f'cache_control.type={shown(kind)} is unknown; give "ephemeral"')
         ttls.append(_ttl(mark.get("ttl")) or _EPHEMERAL_TTL)
     if ttls:
         longest = max(ttls, key=lambda ttl: parse_duration("cache_control.ttl", ttl))

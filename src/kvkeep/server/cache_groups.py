@@ -1,70 +1,98 @@
 """Blocks that bear the same labels as one entry: what somebody wants to see of a full cache."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeAlias
 
 from kvkeep.cache import BlockReport
+from kvkeep.cache.slices import Bits
 from kvkeep.server.cache_work import shown_time
 from kvkeep.spec import BlockKey
 
-__all__ = ["grouped"]
+__all__ = ["BlockGroup", "Groups"]
 
 _ID_CHARACTERS = 16
+# Groups that get their names in one go.
+_BIT = 128
+
+# Namespace, sessions, whether others use it too, tags and pins.
+_Borne: TypeAlias = tuple[BlockKey, tuple[str, ...], bool, tuple[str, ...], tuple[str, ...]]
 
 
 @dataclass(slots=True)
-class _Group:
+class BlockGroup:
     """What blocks of equal sessions, tags, pins and tenant are together."""
 
     first: BlockReport
+    block_size: int
+    name: bytes = b""
     num_blocks: int = 0
     num_bytes: int = 0
     place_to_blocks: Counter[str] = field(default_factory=Counter)
     used_at: float = 0.0
-    ends: list[float | None] = field(default_factory=list)
+    last_end: float = 0.0
+    is_lasting: bool = False
+
+    @property
+    def id(self) -> str:
+        """Its name as text."""
+        return self.name.hex()[:_ID_CHARACTERS]
+
+    def add(self, report: BlockReport) -> None:
+        """Count one more block."""
+        self.num_blocks += 1
+        self.num_bytes += report.num_bytes
+        self.place_to_blocks.update(report.places)
+        self.used_at = max(self.used_at, report.used_at or report.created_at)
+        self.is_lasting = self.is_lasting or report.expires_at is None
+        self.last_end = max(self.last_end, report.expires_at or 0.0)
+
+    def fields(self) -> dict[str, Any]:
+        """It as JSON."""
+        return {
+            "object": "cache.entry_group",
+            "id": self.id,
+            "sessions": list(self.first.sessions),
+            "shared": self.first.is_shared,
+            "tags": list(self.first.tags),
+            "pins": list(self.first.pins),
+            "blocks": self.num_blocks,
+            "tokens": self.num_blocks * self.block_size,
+            "bytes": self.num_bytes,
+            "tiers": dict(self.place_to_blocks),
+            "used_at": shown_time(self.used_at),
+            "expires_at": None if self.is_lasting else shown_time(self.last_end),
+        }
 
 
-def grouped(
-    reports: Sequence[BlockReport],
-    block_size: int,
-    named: Callable[[dict[str, Any], BlockKey], dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Rows as JSON, the largest first; `named` adds whose namespace it is."""
-    groups: dict[bytes, _Group] = {}
-    for report in reports:
-        name = _name(report)
-        group = groups.setdefault(name, _Group(report))
-        group.num_blocks += 1
-        group.num_bytes += report.num_bytes
-        group.place_to_blocks.update(report.places)
-        group.used_at = max(group.used_at, report.used_at or report.created_at)
-        group.ends.append(report.expires_at)
-    order = sorted(groups.items(), key=lambda item: (-item[1].num_bytes, item[0]))
-    return [named(_fields(name, group, block_size), group.first.namespace) for name, group in order]
+class Groups:
+    """Groups of blocks that come one after another."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._borne_to_group: dict[_Borne, BlockGroup] = {}
+
+    def add(self, reports: Iterable[BlockReport]) -> None:
+        """Take some more blocks."""
+        for report in reports:
+            borne = _borne_by(report)
+            group = self._borne_to_group.get(borne)
+            if group is None:
+                group = self._borne_to_group[borne] = BlockGroup(report, self._block_size)
+            group.add(report)
+
+    def named(self) -> Bits[dict[bytes, BlockGroup]]:
+        """All groups, by names that are the same in every list."""
+        named = {}
+        for number, (borne, group) in enumerate(self._borne_to_group.items()):
+            group.name = sha256(repr(borne).encode()).digest()
+            named[group.name] = group
+            if number % _BIT == _BIT - 1:
+                yield
+        return named
 
 
-def _name(report: BlockReport) -> bytes:
-    parts = (report.namespace, report.sessions, report.is_shared, report.tags, report.pins)
-    return sha256(repr(parts).encode()).digest()
-
-
-def _fields(name: bytes, group: _Group, block_size: int) -> dict[str, Any]:
-    ends = [end for end in group.ends if end is not None]
-    is_lasting = len(ends) < len(group.ends)
-    return {
-        "object": "cache.entry_group",
-        "id": name.hex()[:_ID_CHARACTERS],
-        "sessions": list(group.first.sessions),
-        "shared": group.first.is_shared,
-        "tags": list(group.first.tags),
-        "pins": list(group.first.pins),
-        "blocks": group.num_blocks,
-        "tokens": group.num_blocks * block_size,
-        "bytes": group.num_bytes,
-        "tiers": dict(group.place_to_blocks),
-        "used_at": shown_time(group.used_at),
-        "expires_at": None if is_lasting else shown_time(max(ends)),
-    }
+def _borne_by(report: BlockReport) -> _Borne:
+    return (report.namespace, report.sessions, report.is_shared, report.tags, report.pins)

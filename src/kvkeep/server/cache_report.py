@@ -7,6 +7,7 @@ from typing import Any
 from kvkeep.cache import Receipt
 from kvkeep.cache.explain.miss import Miss
 from kvkeep.config import CacheOptions
+from kvkeep.metrics import reuse_class
 from kvkeep.server.token_texts import TokenTexts
 
 __all__ = [
@@ -92,14 +93,12 @@ def cache_report(
 
 
 def _status(receipts: Sequence[Receipt], block_size: int) -> str:
-    """hit: all full blocks were there; miss: none was; partial: some."""
-    if not any(receipt.reused_tokens for receipt in receipts):
-        return "miss"
-    is_hit = all(
-        receipt.computed_tokens <= max(1, receipt.prompt_tokens % block_size)
+    """What is true of all prompts; partial where they differ."""
+    classes = {
+        reuse_class(receipt.prompt_tokens, receipt.reused_tokens, block_size)
         for receipt in receipts
-    )
-    return "hit" if is_hit else "partial"
+    }
+    return classes.pop() if len(classes) == 1 else "partial"
 
 
 def _timings(receipt: Receipt) -> dict[str, float | None]:

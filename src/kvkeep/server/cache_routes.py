@@ -15,7 +15,7 @@ from kvkeep.server import (
     cache_quota_routes,
     cache_session_routes,
 )
-from kvkeep.server.cache_context_work import erase_contexts
+from kvkeep.server.cache_checks import verification
 from kvkeep.server.cache_orders import purge_to_end
 from kvkeep.server.cache_prompts import GivenPrompt, encode_given
 from kvkeep.server.cache_report import miss_fields
@@ -27,6 +27,7 @@ from kvkeep.server.errors import ApiError
 from kvkeep.server.model_profile import Profile
 from kvkeep.server.service import Service, Serving
 from kvkeep.server.sse import EventStream
+from kvkeep.server.tenant_erasure import erase_kept, erase_sessions
 from kvkeep.server.warming import keeping_warm
 
 __all__ = ["routes", "selector_for"]
@@ -54,7 +55,8 @@ def _add_questions(router: APIRouter) -> None:
         if scope.sees_all:
             return await service.call(cache_fields)
         tokens = kept.tenants.tokens_of(scope.tenant)
-        return await service.call(own_fields(scope.salts(None), tokens, own_pin=scope.own_pin))
+        question = own_fields(scope.salts(None), tokens, own_pin=scope.own_pin)
+        return await kept.inspections.ask(scope.tenant, question)
 
     @router.post("/v1/cache/lookup")
     async def lookup(
@@ -94,22 +96,25 @@ def _add_orders(router: APIRouter) -> None:
             else await encode_given(service, scope.tenant, asked.prefix)
         )
         chosen = selector_for(asked, scope, prompt)
+        if asked.erases_tenant:
+            await erase_kept(service, kept, scope.salts(asked.salt))
         receipt = await purge_to_end(service, chosen, dry_run=asked.dry_run)
         kept.events.purged(receipt, scope.owner)
         if asked.erases_tenant:
-            await erase_contexts(service, kept, scope.salts(asked.salt))
+            await erase_sessions(service, scope.salts(asked.salt))
         return purge_fields(receipt)
 
     @router.post("/v1/cache/verify")
     async def verify(
-        service: Serving, scope: AdminScope, asked: VerifyRequest | None = None
+        scope: AdminScope, kept: Kept, asked: VerifyRequest | None = None
     ) -> dict[str, Any]:
         """Check every invariant of the bookkeeping, and with `tiers` read all they have. Repairs nothing.
 
-        Decoding waits meanwhile.
+        For a tenant that shares with nobody: its own blocks. Decoding waits for the bookkeeping as a whole,
+        not for blocks and tiers.
         """
-        tiers = asked is not None and asked.tiers
-        report = await service.call(lambda llm: llm.cache.verify(tiers=tiers))
+        question = verification(scope, tiers=asked is not None and asked.tiers)
+        report = await kept.checks.ask(scope.tenant, question)
         return {
             "ok": report.ok,
             "blocks_checked": report.blocks_checked,

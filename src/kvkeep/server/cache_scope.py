@@ -1,5 +1,6 @@
 """Whose part of the cache somebody may see and change over HTTP."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -35,13 +36,15 @@ class Scope:
 
     Who has an admin key, or needs none, may mean everybody's blocks (`sees_all`) by giving no salt, and those
     of any salt by giving it; or what one tenant has, by its id (`is_named`). All others mean their own,
-    whatever they give. `tenants` are there for who may know of them.
+    whatever they give, the salts of its clients included. `tenants` are there for who may know of them;
+    `salts_of` knows the salts of a tenant.
     """
 
     tenant: Tenant
     sees_all: bool
     tenants: Tenants | None = None
     is_named: bool = False
+    salts_of: Callable[[Tenant], tuple[str | None, ...]] | None = None
 
     @property
     def owner(self) -> TenantId | None:
@@ -54,11 +57,11 @@ class Scope:
 
     def salts(self, asked: str | None) -> tuple[str | None, ...]:
         """The salts whose blocks are meant; none means those of all."""
-        if self.is_named and asked is None and self.tenants is not None:
-            return self.tenants.salts_of(self.tenant)
-        if not self.sees_all:
-            return (self.salt(asked),)
-        return () if asked is None else (asked,)
+        if self.sees_all:
+            return () if asked is None else (asked,)
+        if asked is None and self.salts_of is not None:
+            return self.salts_of(self.tenant)
+        return (self.salt(asked),)
 
     def named(self, fields: dict[str, Any], namespace: BlockKey) -> dict[str, Any]:
         """Fields with the id of the tenant that the namespace is of, for who may know it."""
@@ -102,7 +105,12 @@ def scope_of(tenant: Tenant, settings: ServerSettings, tenants: Tenants | None =
     """What a tenant may mean: everything only when no other tenant has the same rights."""
     has_admin_key = settings.admin_key is not None
     sees_all = tenant.is_admin and (has_admin_key or tenant.salt is None)
-    return Scope(tenant, sees_all, tenants if sees_all else None)
+    return Scope(
+        tenant,
+        sees_all,
+        tenants=tenants if sees_all else None,
+        salts_of=None if tenants is None else tenants.salts_of,
+    )
 
 
 def named_scope(scope: Scope, tenant_id: str | None) -> Scope:
@@ -118,7 +126,7 @@ def named_scope(scope: Scope, tenant_id: str | None) -> Scope:
             403, "tenants are named with the admin key; leave tenant out", param="tenant"
         )
     tenant = replace(scope.tenants.get(tenant_id), is_admin=True)
-    return Scope(tenant, sees_all=False, tenants=scope.tenants, is_named=True)
+    return replace(scope, tenant=tenant, sees_all=False, is_named=True)
 
 
 async def _of_admin(asker: Admin, service: Serving, kept: Kept, tenant: _TenantId = None) -> Scope:

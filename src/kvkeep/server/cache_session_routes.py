@@ -162,7 +162,7 @@ def _add_files(router: APIRouter) -> None:
 
     @router.post("/v1/cache/import", openapi_extra=_FILE_BODY)
     async def import_(
-        request: Request, service: Serving, scope: AdminScope, salt: str | None = None
+        request: Request, service: Serving, scope: AdminScope, kept: Kept, salt: str | None = None
     ) -> dict[str, Any]:
         """Enter the blocks of an exported file, which is the body, as blocks of the asker."""
         path = _temporary_file()
@@ -171,6 +171,7 @@ def _add_files(router: APIRouter) -> None:
                 async for part in request.stream():
                     file.write(part)
             effective = scope.salt(salt)
+            kept.tenants.learn(scope.tenant, effective)
             receipt = await service.call(lambda llm: llm.cache.import_(path, salt=effective))
         except (CorruptBlockError, RequestError) as error:
             # The client knows no path of ours.

@@ -12,8 +12,11 @@ from fastapi import Depends, FastAPI, Request
 
 from kvkeep.server.auth import Gate, Tenant
 from kvkeep.server.cache_contexts import Context, ContextBook
+from kvkeep.server.cache_erasures import Erasures, Watch
+from kvkeep.server.cache_inspection import Inspections
 from kvkeep.server.context_file import ContextFile
 from kvkeep.server.events import EventFeed
+from kvkeep.server.responses_history import ResponseHistory
 from kvkeep.server.service import Finished, Service
 from kvkeep.server.tenants import Tenants
 from kvkeep.spec import BlockKey
@@ -47,12 +50,18 @@ class FirstTokenTimes:
 
 
 class CacheState:
-    """Contexts, tenants, the feed of events, and times of the requests so far."""
+    """Contexts, responses, tenants, the feed of events, and times of the requests so far."""
 
     def __init__(self, service: Service, tenants: Sequence[Tenant] = ()) -> None:
         self.events = EventFeed(service)
         self.times = FirstTokenTimes()
+        self.inspections = Inspections(service)
+        # Reading tiers may take minutes, in which the same tenant looks at lists.
+        self.checks = Inspections(service)
         self.tenants = Tenants(tenants, self._root_of)
+        self.responses = ResponseHistory()
+        self.erasures = Erasures()
+        self._num_tenants = max(1, len(tenants))
         self._service = service
         path = service.settings.contexts_file
         self._file = None if path is None else ContextFile(path)
@@ -64,17 +73,31 @@ class CacheState:
     def contexts(self) -> ContextBook:
         """The contexts of the model, at first those of its last time. ApiError 503 while it is loading."""
         if self._contexts is None:
-            book, model = ContextBook(), self._model
+            book, model = ContextBook(num_tenants=self._num_tenants), self._model
             for one in [] if self._file is None else self._file.load(model):
                 book.put(one)
             self._contexts = book
         return self._contexts
 
-    async def keep(self, context: Context) -> None:
-        """Enter a context, or another form of one; it is written down when this returns."""
+    def watch(self, tenant: Tenant, salt: str | None) -> Watch:
+        """Look out for an erasure of what a tenant has under a salt, which is its own from now on."""
+        self.tenants.learn(tenant, salt)
+        return self.erasures.watch(salt)
+
+    async def keep(self, context: Context) -> Context:
+        """Enter a context, which is returned as it is there; it is written down by then."""
         context = self.contexts.put(context)
         if self._file is not None:
             await self._write(self._file.put, context)
+        return context
+
+    async def renew(self, context: Context) -> bool:
+        """Enter another form of a context; False, and nothing is entered, where it was removed meanwhile."""
+        known = self.contexts.find(context.salt, context.name)
+        if known is None or known.created_at != context.created_at:
+            return False
+        await self.keep(context)
+        return True
 
     async def forget(self, context: Context) -> None:
         """Take out a context."""
@@ -112,7 +135,9 @@ async def keeping(app: FastAPI) -> AsyncIterator[None]:
     app.state.cache = state = CacheState(service, gate.tenants)
     observers = [state.events.observe, state.times.observe, state.tenants.observe]
     service.observers.extend(observers)
+    service.begin_observers.append(state.tenants.begin)
     yield
+    service.begin_observers.remove(state.tenants.begin)
     for observer in observers:
         service.observers.remove(observer)
     await state.close()

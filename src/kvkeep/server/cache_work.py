@@ -8,13 +8,15 @@ from typing import Any
 
 from kvkeep.cache import BlockReport, PinReport, PurgeReceipt, Selector, SessionReport
 from kvkeep.cache.explain import Miss, Sent
+from kvkeep.cache.slices import Bits
 from kvkeep.llm import LLM
+from kvkeep.metrics import reuse_class
 from kvkeep.planning import DEVICE, Coverage
+from kvkeep.server.cache_inspection import Question, inspection_of, query_of
 from kvkeep.server.cache_prompts import GivenPrompt
 from kvkeep.server.tenants import Tokens
 
 __all__ = [
-    "MOST_LISTED",
     "Known",
     "block_fields",
     "cache_fields",
@@ -25,9 +27,6 @@ __all__ = [
     "session_fields",
     "shown_time",
 ]
-
-# Of these a list is made; those that were used longer ago are not listed.
-MOST_LISTED = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +44,9 @@ class Known:
             if run.source is not None:
                 tokens[run.source] += run.stop - run.start
         total, known = self.coverage.num_tokens, self.coverage.known_tokens
-        status = "hit" if known == total else "partial" if known else "miss"
         return {
             "object": "cache.lookup",
-            "status": status,
+            "status": reuse_class(total, known, self.block_size),
             "total_tokens": total,
             "known_tokens": known,
             "missing_tokens": total - known,
@@ -115,14 +113,17 @@ def cache_fields(llm: LLM) -> dict[str, Any]:
 
 def own_fields(
     salts: tuple[str | None, ...], tokens: Tokens, own_pin: Callable[[PinReport], str | None]
-) -> Callable[[LLM], dict[str, Any]]:
+) -> Question[dict[str, Any]]:
     """The question for the state of what one tenant has: its blocks of these salts, by tier, and its pins."""
 
-    def ask(llm: LLM) -> dict[str, Any]:
+    def ask(llm: LLM) -> Bits[dict[str, Any]]:
+        inspection, query = inspection_of(llm), query_of(llm, Selector(salts=salts))
         entries, num_bytes = Counter[str](), Counter[str]()
-        for block in llm.cache.entries(Selector(salts=salts), limit=MOST_LISTED):
-            entries.update(block.places)
-            num_bytes.update(dict.fromkeys(block.places, block.num_bytes))
+        for keys in inspection.walk(query):
+            for held in inspection.held(keys):
+                entries.update(held.place_to_bytes.keys())
+                num_bytes.update(held.place_to_bytes)
+            yield
         names = [DEVICE, *(report.tier.name for report in llm.cache.stats().tiers)]
         tiers = {name: {"used_bytes": num_bytes[name], "entries": entries[name]} for name in names}
         pins = [one for one in llm.cache.pins() if own_pin(one) is not None]

@@ -42,6 +42,7 @@ class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     pin: str | None = None
     created_at: float = 0.0
     warmed_at: float = 0.0
+    owner: str | None = None
     gone: bool = False
 
     @property
@@ -79,6 +80,7 @@ class ContextFile:
                 pin=context.pin,
                 created_at=context.created_at,
                 warmed_at=context.warmed_at,
+                owner=context.owner,
             )
         )
 
@@ -169,6 +171,7 @@ def _context(line: _Line) -> Context:
         pin=line.pin,
         created_at=line.created_at,
         warmed_at=line.warmed_at,
+        owner=line.owner,
     )
 
 

@@ -17,6 +17,7 @@ from kvkeep.cache import CacheStats, PurgeReceipt
 from kvkeep.cache.explain import MissType
 from kvkeep.engine.async_engine import EngineDownError
 from kvkeep.llm import LLM
+from kvkeep.metrics import reuse_class
 from kvkeep.server.auth import TenantId
 from kvkeep.server.cache_work import purge_fields
 from kvkeep.server.errors import ApiError
@@ -74,7 +75,9 @@ class EventFeed:
             "reused_tokens": receipt.reused_tokens,
             "tokens_by_source": receipt.tokens_by_source,
         }
-        self.publish("hit" if receipt.reused_tokens else "miss", fields, owner=owner)
+        block_size = self._service.llm.settings.block_size
+        reuse = reuse_class(receipt.prompt_tokens, receipt.reused_tokens, block_size)
+        self.publish("miss" if reuse == "miss" else "hit", fields, owner=owner)
         if finished.job.options.write and receipt.computed_tokens:
             stored = {**fields, "computed_tokens": receipt.computed_tokens}
             self.publish("stored", stored, owner=owner)

@@ -10,7 +10,7 @@ from threading import current_thread, main_thread
 from typing import Any
 
 import uvicorn
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from kvkeep.server.app import create_app
@@ -28,6 +28,8 @@ _ENDING_S = 5
 # Of a request beside its body; a body in many small chunks has some more for each byte.
 _MAX_HEAD_BYTES = 2**16
 _BYTES_BESIDE_BYTE = 16
+# What has been received is counted after so many bytes.
+_PART_BYTES = 2**12
 _TOO_LONG_HEAD = b"HTTP/1.1 431 Too Long\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 # So many requests may wait behind another on a connection before no more is read, not even that it ends.
 _MAX_PIPELINED = 8
@@ -182,6 +184,27 @@ class _CycleWriter(BodyWriter):
         raise AssertionError("sending was to be done at once")
 
 
+class _BareSender:
+    """Answers one whose protocol knows no chunks: a body of unknown length ends with the connection."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._send = cycle.send
+        self._is_bare = False
+        cycle.keep_alive = False
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """As the cycle does it, without chunks."""
+        if message["type"] == "http.response.start":
+            names = [name.lower() for name, _ in message.get("headers", ())]
+            self._is_bare = b"content-length" not in names
+            if self._is_bare:
+                self._cycle.chunked_encoding = False
+        elif message["type"] == "http.response.body" and self._is_bare:
+            self._cycle.expected_content_length = len(message.get("body", b""))
+        await self._send(message)
+
+
 class _Connection(HttpToolsProtocol):
     """Closed when no whole head of a request has come in time, or nothing of an answer is taken for long.
 
@@ -204,6 +227,13 @@ class _Connection(HttpToolsProtocol):
         self._start_timer()
 
     def data_received(self, data: bytes) -> None:
+        # A request that comes whole in one read is bounded like one in many.
+        for at in range(0, len(data), _PART_BYTES):
+            if self.transport.is_closing():
+                return
+            self._receive_part(data[at : at + _PART_BYTES])
+
+    def _receive_part(self, data: bytes) -> None:
         self._num_bytes += len(data)
         super().data_received(data)
         most = _MAX_HEAD_BYTES + (1 + _BYTES_BESIDE_BYTE) * self._num_body_bytes
@@ -240,6 +270,8 @@ class _Connection(HttpToolsProtocol):
         super().on_headers_complete()
         if getattr(self.cycle, "scope", None) is self.scope:  # none was made for an upgrade
             self.scope["state"][BODY_WRITER] = _CycleWriter(self.cycle)
+            if self.scope["http_version"] != "1.1":
+                self.cycle.send = _BareSender(self.cycle).send  # type: ignore[method-assign]
         if 0 < len(self.pipeline) <= _MAX_PIPELINED:
             self.flow.resume_reading()
 

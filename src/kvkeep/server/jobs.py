@@ -14,7 +14,7 @@ from kvkeep.engine import FinishReason, Piece
 from kvkeep.engine.async_engine import Submission
 from kvkeep.server.auth import Tenant
 from kvkeep.server.errors import ApiError
-from kvkeep.server.limits import Seats
+from kvkeep.server.limits import Seats, TakenSeats
 
 __all__ = ["Finished", "Job", "JobStream"]
 
@@ -76,7 +76,7 @@ class JobStream(AsyncIterator[Piece]):
         job: Job,
         submission: Submission,
         *,
-        seats: Seats,
+        seats: Seats | TakenSeats,
         timeout_s: float,
         finished: Callable[[Finished], None],
     ) -> None:

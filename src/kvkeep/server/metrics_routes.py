@@ -78,7 +78,8 @@ def count_jobs(service: Service, metrics: Metrics, finished: Finished) -> None:
         saved_s=receipt.saved_s,
     )
     reason = reasons[0] if reasons else FinishReason.ABORT
-    reuse = reuse_class(receipt, service.llm.settings.block_size)
+    block_size = service.llm.settings.block_size
+    reuse = reuse_class(receipt.prompt_tokens, receipt.reused_tokens, block_size)
     metrics.requests.observe(receipt, reason, times, reuse=reuse)
     if receipt.miss is not None:
         metrics.requests.observe_miss(str(receipt.miss.type))

@@ -14,8 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvkeep.config.server import ServerSettings, is_loopback
 from kvkeep.server.auth import Gate
-from kvkeep.server.body_text import check_text
+from kvkeep.server.body_text import text_of
 from kvkeep.server.errors import ApiError, api_error, error_response
+from kvkeep.server.json_size import check_num_values
 
 __all__ = ["Gatekeeper", "RequestIds", "WholeBody"]
 
@@ -24,6 +25,8 @@ _MAX_ID_CHARACTERS = 128
 # Who is told to go away may send so much more, so that it gets to hear it; then the connection is closed.
 _MAX_DISCARDED_BYTES = 256 * 2**20
 _MAX_DIGITS = 20
+# What is sent there is a file, whatever a client calls it.
+_FILE_PATHS = ("/v1/cache/import",)
 # Clients of this protocol look for the id under another name.
 _ANTHROPIC = "/v1/messages"
 
@@ -135,8 +138,9 @@ class WholeBody:
             async with asyncio.timeout(self._timeout_s):
                 headers = Headers(scope=scope)
                 body = await self._read(headers, receive)
-            if body is not None and "json" in headers.get("content-type", "").lower():
-                check_text(body)
+            is_json = "json" in headers.get("content-type", "").lower()
+            if body is not None and is_json and scope["path"] not in _FILE_PATHS:
+                check_num_values(text_of(body))
         except TimeoutError:
             error = ApiError(
                 408,

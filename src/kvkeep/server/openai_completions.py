@@ -82,9 +82,12 @@ async def answer_completion(
     keep_alive_s = service.settings.keep_alive_s
     async with AsyncExitStack() as resources:
         # All are queued before the first is waited for: the engine computes them together.
-        streams = [
-            await resources.enter_async_context(service.generate(job)) for job in completion.jobs
-        ]
+        num_jobs = len(completion.jobs)
+        with service.seats.taken(asker, completion.jobs[0].params.n, num_jobs) as seats:
+            streams = [
+                await resources.enter_async_context(service.generate(job, seats))
+                for job in completion.jobs
+            ]
         if body.stream:
             return JobEvents(
                 streams,

@@ -94,6 +94,13 @@ async def batches_of(
 
 def failure_of(piece: Piece) -> ApiError | None:
     """The error for a piece with which the engine gave its output up."""
+    if piece.failure is not None:
+        return ApiError(
+            400,
+            f"the answer's required form cannot be followed any further: {piece.failure}; give a schema with "
+            "fewer alternatives, optional properties and patterns",
+            code="form_too_complex",
+        )
     if piece.finish_reason is FinishReason.ERROR:
         return ApiError(
             500,

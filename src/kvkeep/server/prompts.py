@@ -14,6 +14,8 @@ __all__ = ["EncodedPrompt", "PromptEncoder"]
 # Text parts of one message are joined by this: most templates want one text.
 _PART_SEPARATOR = "\n"
 _TEXT_PARTS = ("text", "input_text", "output_text")
+# Whose messages may be calls alone.
+_ANSWERER = "assistant"
 # What a client may not set: how we call the template, and the template itself, which is a program.
 _OWN_OPTIONS = frozenset(
     {
@@ -156,6 +158,7 @@ class PromptEncoder:
                 )
             )
         except Exception as error:  # a template is a program of somebody else's
+            _refuse_silence(messages, error)
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise RequestError(
                 f"messages cannot be written in the model's chat template ({reason}); change the roles or "
@@ -214,6 +217,11 @@ def _parts(number: int, message: Mapping[str, Any]) -> list[str]:
     if not isinstance(message.get("role"), str):
         raise RequestError(f'messages[{number}] has no role; give "system", "user" or "assistant"')
     content = message.get("content")
+    if content is None and message["role"] != _ANSWERER:
+        what = "null" if "content" in message else "missing"
+        raise RequestError(
+            f"messages[{number}].content is {what}; give text (only an answer with tool_calls has none)"
+        )
     if content is None or isinstance(content, str):
         return [content or ""]
     if not isinstance(content, Sequence) or isinstance(content, bytes):
@@ -228,6 +236,15 @@ def _parts(number: int, message: Mapping[str, Any]) -> list[str]:
             )
         texts.append(text)
     return texts
+
+
+def _refuse_silence(messages: Sequence[Mapping[str, Any]], error: Exception) -> None:
+    """Raise RequestError where a template has failed, and an answer has neither text nor calls."""
+    for number, message in enumerate(messages):
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise RequestError(
+                f"messages[{number}].content is null, and there are no tool_calls; give text"
+            ) from error
 
 
 def _plain(message: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Fields of a Responses request beside its input: what is refused, what form is asked for, what is echoed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvkeep.config import SamplingParams
@@ -16,6 +16,11 @@ __all__ = ["LOGPROBS", "answer_form", "check_fields", "echoed_fields", "max_call
 # What `include` asks for when the probabilities of tokens are wanted.
 LOGPROBS = "message.output_text.logprobs"
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+_MAX_METADATA, _MAX_METADATA_NAME, _MAX_LABEL = 16, 64, 512
+# What is echoed of objects of the request; a client may have sent megabytes beside it.
+_TOOL_FIELDS = ("type", "name", "description", "parameters", "strict")
+_FORMAT_FIELDS = ("type", "name", "description", "schema", "strict")
+_CHOICE_FIELDS = ("type", "name")
 
 
 def check_fields(body: ResponsesRequest, warnings: Warnings) -> None:
@@ -37,6 +42,7 @@ def check_fields(body: ResponsesRequest, warnings: Warnings) -> None:
         warnings.add("reasoning is ignored: no thoughts are told apart from the answer")
     if (body.text or {}).get("verbosity") is not None:
         warnings.add("text.verbosity is ignored: say in the prompt how long the answer should be")
+    _check_labels(body)
     for wanted in body.include or ():
         if wanted != LOGPROBS:
             warnings.add(f"include={shown(wanted)} is ignored: there is nothing of the kind")
@@ -87,14 +93,50 @@ def echoed_fields(body: ResponsesRequest, params: SamplingParams) -> dict[str, A
         "service_tier": "default",
         "store": body.store is not False,
         "temperature": params.temperature,
-        "text": body.text or {"format": {"type": "text"}},
-        "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
-        "tools": body.tools or [],
+        "text": _echoed_text(body),
+        "tool_choice": _echoed_choice(body),
+        "tools": [_known(tool, _TOOL_FIELDS) for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": params.top_p,
         "truncation": "disabled",
         "user": body.user,
     }
+
+
+def _check_labels(body: ResponsesRequest) -> None:
+    """What is kept with a response as it was given is small, as the protocol has it."""
+    metadata = body.metadata or {}
+    if len(metadata) > _MAX_METADATA:
+        raise RequestError(f"metadata has {len(metadata)} entries; give at most {_MAX_METADATA}")
+    for name, value in metadata.items():
+        _check_length(f"a name in metadata, {name!r:.80},", name, _MAX_METADATA_NAME)
+        _check_length(f"metadata.{name}", value, _MAX_LABEL)
+    for field in ("prompt_cache_key", "safety_identifier", "user"):
+        _check_length(field, getattr(body, field) or "", _MAX_LABEL)
+
+
+def _check_length(field: str, text: str, most: int) -> None:
+    if len(text) > most:
+        raise RequestError(f"{field} has {len(text)} characters; give at most {most}")
+
+
+def _echoed_text(body: ResponsesRequest) -> dict[str, Any]:
+    """Of `text` what this server has read: the rest would be kept for nothing."""
+    form = (body.text or {}).get("format")
+    if not isinstance(form, Mapping) or form.get("type") == "text":
+        return {"format": {"type": "text"}}
+    return {"format": _known(form, _FORMAT_FIELDS)}
+
+
+def _echoed_choice(body: ResponsesRequest) -> str | dict[str, Any]:
+    choice = body.tool_choice
+    if choice is None:
+        return "auto"
+    return choice if isinstance(choice, str) else _known(choice, _CHOICE_FIELDS)
+
+
+def _known(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: given[name] for name in names if name in given}
 
 
 def _functions(body: ResponsesRequest, name: str | None) -> dict[str, Mapping[str, Any]]:

@@ -1,22 +1,25 @@
 """The Responses protocol, as far as it is text: POST /v1/responses, GET and DELETE by id."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from secrets import token_hex
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.background import BackgroundTask
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from kvkeep.config import CacheOptions, SamplingParams
 from kvkeep.errors import RequestError
 from kvkeep.server.auth import Asker, Tenant
+from kvkeep.server.cache_erasures import Watch
 from kvkeep.server.cache_fields import Warnings, read_cache_fields, without_cache_fields
 from kvkeep.server.cache_orders import close_session
 from kvkeep.server.cache_prompts import outline_of
+from kvkeep.server.cache_state import CacheState, Kept
 from kvkeep.server.disconnect import unless_disconnected
 from kvkeep.server.errors import ApiError
 from kvkeep.server.event_answers import Prepared, send_answer
@@ -45,36 +48,37 @@ _ONE = _PATH + "/{response_id}"
 
 
 def routes() -> APIRouter:
-    """The routes of the protocol; what they remember of earlier responses belongs to them."""
+    """The routes of the protocol."""
     router = APIRouter(tags=["responses"])
-    history = ResponseHistory()
 
     @router.post(_PATH)
     async def create_response(
-        request: Request, body: ResponsesRequest, service: Serving, asker: Asker
+        request: Request, body: ResponsesRequest, service: Serving, asker: Asker, kept: Kept
     ) -> Response:
         """Answer a prompt, or go on from an earlier response; at once or as a stream."""
-        preparing = _prepared(request, body, asker, service, history)
+        preparing = _prepared(request, body, asker, service, kept)
         prepared = await unless_disconnected(request.receive, preparing)
         response = await send_answer(request, service, prepared, is_stream=bool(body.stream))
-        response.background = BackgroundTask(_close_ended, service, history)
+        response.background = BackgroundTask(_close_ended, service, kept.responses)
         return response
 
     @router.get(_ONE)
-    async def read_response(response_id: str, asker: Asker) -> Response:
+    async def read_response(response_id: str, asker: Asker, kept: Kept) -> Response:
         """An earlier response as it was given."""
-        kept = history.find(asker.tenant_id, response_id)
-        if kept is None:
+        found = kept.responses.find(asker.tenant_id, response_id)
+        if found is None:
             raise _unknown(response_id, status=404, param=None)
-        return JSONResponse(dict(kept.response))
+        # As it was encoded the first time: other encoders refuse numbers without end.
+        return Response(msgspec.json.encode(found.response), media_type="application/json")
 
     @router.delete(_ONE)
-    async def delete_response(response_id: str, asker: Asker, service: Serving) -> dict[str, Any]:
+    async def delete_response(
+        response_id: str, asker: Asker, service: Serving, kept: Kept
+    ) -> dict[str, Any]:
         """Forget a response; with the last one of a conversation goes what only that has cached."""
-        kept = history.drop(asker.tenant_id, response_id)
-        if kept is None:
+        if kept.responses.drop(asker.tenant_id, response_id) is None:
             raise _unknown(response_id, status=404, param=None)
-        await _close_ended(service, history)
+        await _close_ended(service, kept.responses)
         return {"id": response_id, "object": "response", "deleted": True}
 
     return router
@@ -105,13 +109,14 @@ async def _prepared(
     body: ResponsesRequest,
     asker: Tenant,
     service: Service,
-    history: ResponseHistory,
+    kept: CacheState,
 ) -> Prepared:
     model = service.check_model(body.model)
     profile = await profile_of(request)
-    thread = _thread(body, asker, history)
+    thread = _thread(body, asker, kept.responses)
     messages = _with_instructions(body, thread.messages)
     fields = read_cache_fields(body, request.headers, messages)
+    watch = kept.watch(asker, asker.salt_for(fields.options.salt))
     check_fields(body, fields.warnings)
     tools = template_tools(chat_tools(body.tools), service, may_call=max_calls(body) != 0)
     prompt = await service.encode_chat(asker, without_cache_fields(messages), tools)
@@ -129,7 +134,9 @@ async def _prepared(
     owns = fields.options.session is None and (
         thread.previous is None or thread.previous.owns_session
     )
-    keep = partial(_keep, history, job, thread, owns_session=owns) if is_kept else _keep_nothing
+    keep: Callable[[Json], None] = _keep_nothing
+    if is_kept:
+        keep = partial(_keep, kept.responses, watch, job, thread, owns_session=owns)
     answer = ResponseAnswer(job, style, fields=fields, profile=profile, keep=keep)
     return Prepared(job=job, answer=answer, profile=profile, headers=fields.warnings.headers())
 
@@ -193,9 +200,17 @@ def _keep_nothing(response: Json) -> None:
 
 
 def _keep(
-    history: ResponseHistory, job: Job, thread: _Thread, response: Json, *, owns_session: bool
+    history: ResponseHistory,
+    watch: Watch,
+    job: Job,
+    thread: _Thread,
+    response: Json,
+    *,
+    owns_session: bool,
 ) -> None:
-    """Make it possible to continue the response."""
+    """Make it possible to continue the response, unless its tenant was erased meanwhile."""
+    if watch.is_erased:
+        return
     session = job.options.session
     assert session is not None, "a response that is kept has a session"
     said = item_messages(response["output"])

@@ -18,7 +18,7 @@ from kvkeep.server.auth import Tenant
 from kvkeep.server.errors import ApiError
 from kvkeep.server.fair_threads import FairThreads
 from kvkeep.server.jobs import Finished, Job, JobStream
-from kvkeep.server.limits import Seats
+from kvkeep.server.limits import Seats, TakenSeats
 from kvkeep.server.prompts import EncodedPrompt, PromptEncoder
 
 __all__ = ["Finished", "Job", "JobStream", "Service", "ServiceState", "Serving", "request_id_of"]
@@ -57,7 +57,8 @@ class Service:
     """One model behind the routes; belongs to the event loop that calls `start`.
 
     `llm` may be a function that loads it: then `start` returns at once, and until the model is there every
-    use raises ApiError 503. `observers` are called on the loop when a job has ended; they must be quick.
+    use raises ApiError 503. `begin_observers` are called on the loop before a job begins, `observers` when it
+    has ended; they must be quick.
 
         encoded = await service.encode_chat(asker, messages)
         job = Job(prompt_ids=encoded.ids, ...)
@@ -71,6 +72,7 @@ class Service:
         self.settings = settings
         self.model_id = model_id
         self.created_s = int(time.time())
+        self.begin_observers: list[Callable[[Job], None]] = []
         self.observers: list[Callable[[Finished], None]] = []
         self._source = llm
         self._loaded: _Loaded | None = None
@@ -112,6 +114,11 @@ class Service:
     def prompts(self) -> PromptEncoder:
         """The encoder, blocking. Raises ApiError 503 while the model is loading."""
         return self._ready().prompts
+
+    @property
+    def seats(self) -> Seats:
+        """The seats of all jobs. Raises ApiError 503 while the model is loading."""
+        return self._ready().seats
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -167,9 +174,10 @@ class Service:
         self._threads.close()
         self._compilers.close()
 
-    def generate(self, job: Job) -> JobStream:
+    def generate(self, job: Job, seats: TakenSeats | None = None) -> JobStream:
         """The stream of a job, which is queued when the stream is entered; see JobStream.
 
+        It takes its seats then, from `seats` where it is one of several jobs of a request.
         Raises ApiError 400 when the prompt is longer than is taken, 503 while the model is loading.
         """
         loaded = self._ready()
@@ -180,6 +188,8 @@ class Service:
                 "taken; shorten the prompt",
                 code="context_length_exceeded",
             )
+        for observer in self.begin_observers:
+            observer(job)
         return JobStream(
             job,
             loaded.engine.submit(
@@ -190,7 +200,7 @@ class Service:
                 owner=job.tenant.tenant_id,
                 explains=job.explain,
             ),
-            seats=loaded.seats,
+            seats=seats or loaded.seats,
             timeout_s=self.settings.request_timeout_s,
             finished=self._tell,
         )

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from kvkeep.config.grammar import Grammar, TokenMatcher
+from kvkeep.config.grammar import Grammar
 from kvkeep.errors import ConfigError, RequestError
 from kvkeep.server.call_syntax import CallSyntax, HermesSyntax
+from kvkeep.server.grammar_trial import GrammarTrial
+from kvkeep.server.string_rules import check_string_rules
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -26,6 +28,15 @@ _MAX_KEPT = 64
 # Compiling takes time that grows with the square of the schemas: about a second for so much.
 _MAX_CHARACTERS = 2**17
 _MAX_REASON = 300
+# 1,500 optional properties need 6,000 items; a state, of which each output has its own, about 2 KB.
+_LIMITS: dict[str, Any] = {
+    "max_items_in_row": 8_000,
+    "max_lexer_states": 100_000,
+    "verbose_errors": False,
+}
+# What the library writes in place of that state.
+_NO_STATE = "<non-verbose/>"
+_NO_TEXT = "no text is of this form"
 # Where in the grammar that is made here; a client has never seen it.
 _PLACE = re.compile(r"^at \d+\(\d+\): ")
 _LAYOUT: dict[str, Any] = {
@@ -46,6 +57,10 @@ class AnswerForm:
     schema: Mapping[str, Any] | None = None
     calls: Mapping[str, Mapping[str, Any]] | None = None
     is_one_call: bool = False
+
+    def schemas(self) -> list[Mapping[str, Any]]:
+        """All schemas of this form."""
+        return [*([] if self.schema is None else [self.schema]), *(self.calls or {}).values()]
 
 
 class Grammars:
@@ -69,6 +84,7 @@ class Grammars:
         self._eos_ids = sorted(eos_ids)
         self._lock = Lock()
         self._vocabulary: LLTokenizer | None = None
+        self._trial = GrammarTrial(_LIMITS)
         self._source_to_grammar: OrderedDict[str, Grammar] = OrderedDict()
 
     def compile(self, form: AnswerForm) -> Grammar:
@@ -78,6 +94,7 @@ class Grammars:
         if found is not None:
             return found
         # Without the lock: this may take a second, and others look for what there is.
+        self._try(form)
         grammar = self._compiled(source, form.field)
         with self._lock:
             self._source_to_grammar[source] = grammar
@@ -129,18 +146,29 @@ class Grammars:
             rules.append(_rule(f"json_{number}", schema))
         return rules
 
+    def _try(self, form: AnswerForm) -> None:
+        """Raise RequestError for schemas that would hold up or end the server, now or at a later token."""
+        with self._lock:
+            self._loaded()
+        schemas = form.schemas()
+        for schema in schemas:
+            check_string_rules(form.field, schema)
+        names = [f"json_{number}" for number in range(len(schemas))]
+        # Without what a call has around them, which may be tokens of this vocabulary.
+        source = "\n".join(["start: " + " | ".join(names), *map(_rule, names, schemas)])
+        failure = self._trial.failure(source)
+        if failure is not None:
+            raise RequestError(f"{form.field} cannot be followed: {_reason(failure)}")
+
     def _compiled(self, source: str, field: str) -> Grammar:
         with self._lock:
             vocabulary = self._loaded()
-        from llguidance import LLMatcher  # absent where the extra is
+        from llguidance import LLMatcher, LLParserLimits  # absent where the extra is
 
-        matcher = LLMatcher(vocabulary, source, log_level=0)
-        if matcher.is_error():
-            raise RequestError(f"{field} cannot be followed: {_reason(matcher.get_error())}")
-        # A schema that only refers to itself is well formed, and nothing can begin as it says.
-        if not any(_Matcher(matcher.deep_copy(), 0).allowed()):
-            raise RequestError(f"{field} cannot be followed: no text is of this form")
-        return _Compiled(matcher)
+        limits = LLParserLimits(**_LIMITS)
+        grammar = _Compiled(LLMatcher(vocabulary, source, log_level=0, limits=limits))
+        _check_beginning(grammar.matcher(), field)
+        return grammar
 
     def _written(self, texts: Sequence[str]) -> str:
         with self._lock:
@@ -165,9 +193,10 @@ class _Compiled:
 
     def __init__(self, start: "LLMatcher") -> None:
         self._start = start
+        self._num_bytes = len(start.deep_copy().compute_bitmask())
 
-    def matcher(self) -> TokenMatcher:
-        return _Matcher(self._start.deep_copy(), _num_bytes(self._start))
+    def matcher(self) -> "_Matcher":
+        return _Matcher(self._start.deep_copy(), self._num_bytes)
 
 
 class _Matcher:
@@ -176,6 +205,10 @@ class _Matcher:
     def __init__(self, matcher: "LLMatcher", num_bytes: int) -> None:
         self._matcher = matcher
         self._num_bytes = num_bytes
+
+    @property
+    def failure(self) -> str | None:
+        return _reason(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def accept(self, token_ids: Sequence[int]) -> None:
         if token_ids:
@@ -188,9 +221,24 @@ class _Matcher:
         mask = self._matcher.compute_bitmask()
         return bytes(self._num_bytes) if self._matcher.is_error() else mask
 
+    def forced(self) -> list[int]:
+        """The tokens that are the only way to go on."""
+        return [] if self._matcher.is_error() else list(self._matcher.compute_ff_tokens())
 
-def _num_bytes(matcher: "LLMatcher") -> int:
-    return len(matcher.deep_copy().compute_bitmask())
+
+def _check_beginning(matcher: _Matcher, field: str) -> None:
+    """Raise RequestError where an output cannot begin."""
+    mask = matcher.allowed()
+    # A schema that only refers to itself is well formed, and nothing can begin as it says.
+    is_dead = not any(mask)
+    if matcher.failure is None and not is_dead:
+        # Behind what every output begins with is the first choice, and with it the limits that it meets.
+        matcher.accept(matcher.forced())
+        matcher.allowed()
+    if matcher.failure is not None:
+        raise RequestError(f"{field} cannot be followed: {matcher.failure}")
+    if is_dead:
+        raise RequestError(f"{field} cannot be followed: {_NO_TEXT}")
 
 
 def _vocabulary(tokenizer: object, vocab_size: int, eos_ids: Sequence[int]) -> "LLTokenizer":
@@ -218,5 +266,5 @@ def _rule(name: str, schema: Mapping[str, Any]) -> str:
 
 def _reason(message: str) -> str:
     """The first line of the library's message; the rest is its inner state."""
-    lines = _PLACE.sub("", message.strip()).splitlines() or ["no reason given"]
+    lines = _PLACE.sub("", message.replace(_NO_STATE, "").strip()).splitlines() or [_NO_TEXT]
     return lines[0][:_MAX_REASON]

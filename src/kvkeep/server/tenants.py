@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from kvkeep.server.auth import Tenant, TenantId
 from kvkeep.server.errors import ApiError
-from kvkeep.server.jobs import Finished
+from kvkeep.server.jobs import Finished, Job
 from kvkeep.spec import BlockKey
 
 __all__ = ["Tenants", "Tokens"]
@@ -34,8 +34,8 @@ class _Known:
 class Tenants:
     """Ids, salts and namespaces of tenants; there are none where keys are not set, or share.
 
-    Which salts clients use is learned from their requests, and not remembered over a restart. `root_of` gives
-    the namespace of a salt, once the model is there.
+    Which salts clients use is learned from their requests when these begin, and not remembered over a
+    restart. `root_of` gives the namespace of a salt, once the model is there.
     """
 
     def __init__(self, tenants: Iterable[Tenant], root_of: Callable[[str], BlockKey]) -> None:
@@ -82,19 +82,28 @@ class Tenants:
         known = self._salt_to_known.get(tenant.salt)
         return Tokens() if known is None else known.tokens
 
+    def learn(self, tenant: Tenant, salt: str | None) -> None:
+        """Take it that a tenant has blocks under a salt, or is about to."""
+        known = self._salt_to_known.get(tenant.salt)
+        if known is not None and salt is not None and salt not in self._salt_to_known:
+            self._learn(known, salt)
+
+    def begin(self, job: Job) -> None:
+        """Take a job that begins: an observer of the service. An erasure meanwhile is about it as well."""
+        self.learn(job.tenant, job.options.salt)
+
     def observe(self, finished: Finished) -> None:
         """Take a job that has ended: an observer of the service."""
         known = self._salt_to_known.get(finished.job.tenant.salt)
         if known is None:
             return
-        receipt, salt = finished.receipt, finished.job.options.salt
+        receipt = finished.receipt
         if receipt is not None:
             known.tokens = Tokens(
                 known.tokens.reused + receipt.reused_tokens,
                 known.tokens.computed + receipt.computed_tokens,
             )
-        if salt is not None and salt not in self._salt_to_known:
-            self._learn(known, salt)
+        self.learn(finished.job.tenant, finished.job.options.salt)
 
     def _learn(self, known: _Known, salt: str) -> None:
         root = known.salts.pop(salt, None) or self._root_of(salt)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from kvkeep.spec import StoredKey
-from kvkeep.tiers.base import Miss, MissCause, Tier
+from kvkeep.tiers.base import Miss, MissCause, StoredObject, Tier
 from kvkeep.tiers.reading import put_aside
 from kvkeep.tiers.stored_form import checksum, parse_header, payload_start
 
-__all__ = ["AuditReport", "WrongObject", "audit", "why_wrong"]
+__all__ = ["AuditReport", "Looked", "WrongObject", "audit", "look_at", "why_wrong"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,18 @@ class AuditReport:
     wrong: tuple[WrongObject, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """An object that was read; `wrong` is None where it is what it claims to be."""
+
+    wrong: Miss | None
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, in words."""
+        return "" if self.wrong is None else f"{self.wrong.cause}: {self.wrong.reason}"
+
+
 def audit(tier: Tier, *, repair: bool, on_read: Callable[[int], None] | None = None) -> AuditReport:
     """Read every object of a tier; with `repair` the wrong ones are put aside.
 
@@ -37,20 +49,27 @@ def audit(tier: Tier, *, repair: bool, on_read: Callable[[int], None] | None = N
     num_objects = num_bytes = 0
     wrong: list[WrongObject] = []
     for one in tier.objects():
-        content = memoryview(bytearray(one.num_bytes))
-        found = tier.get(one.key, [content])
-        if isinstance(found, Miss) and found.cause in (MissCause.ABSENT, MissCause.UNAVAILABLE):
+        looked = look_at(tier, one)
+        if looked is None:
             continue
-        miss = found if isinstance(found, Miss) else why_wrong(one.key, content)
         num_objects += 1
         num_bytes += one.num_bytes
-        if miss is not None:
-            wrong.append(WrongObject(one.key, f"{miss.cause}: {miss.reason}"))
+        if looked.wrong is not None:
+            wrong.append(WrongObject(one.key, looked.problem))
             if repair:
-                put_aside(tier, one.key, miss)
+                put_aside(tier, one.key, looked.wrong)
         if on_read is not None:
             on_read(one.num_bytes)
     return AuditReport(num_objects=num_objects, num_bytes=num_bytes, wrong=tuple(wrong))
+
+
+def look_at(tier: Tier, one: StoredObject) -> Looked | None:
+    """What reading an object shows; None where it has gone by now, or its tier does not answer."""
+    content = memoryview(bytearray(one.num_bytes))
+    found = tier.get(one.key, [content])
+    if isinstance(found, Miss) and found.cause in (MissCause.ABSENT, MissCause.UNAVAILABLE):
+        return None
+    return Looked(found if isinstance(found, Miss) else why_wrong(one.key, content))
 
 
 def why_wrong(key: StoredKey, content: memoryview) -> Miss | None:

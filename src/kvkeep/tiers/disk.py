@@ -40,7 +40,7 @@ __all__ = ["DiskTier"]
 
 _LOGGER = logging.getLogger(__name__)
 # A file that holds nothing yet takes a block.
-_LEAST_CAPACITY = 4096
+LEAST_CAPACITY = 4096
 # Who asks for all labels waits so long, at most, for the first look at all files.
 _SCAN_WAIT_S, _SCAN_STEP_S = 60.0, 0.1
 
@@ -74,9 +74,9 @@ class DiskTier(Tier):
         retry_s: float = 5.0,
     ) -> None:
         path = Path(folder).expanduser().absolute()
-        if capacity_bytes < _LEAST_CAPACITY:
+        if capacity_bytes < LEAST_CAPACITY:
             raise ConfigError(
-                f"capacity_bytes={capacity_bytes!r} holds no file; give at least {_LEAST_CAPACITY}"
+                f"capacity_bytes={capacity_bytes!r} holds no file; give at least {LEAST_CAPACITY}"
             )
         if path.exists() and not path.is_dir():
             raise ConfigError(f"folder={str(folder)!r} is a file; give the path of a folder")

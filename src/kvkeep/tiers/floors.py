@@ -40,7 +40,7 @@ def tier_settings(table: TierTable) -> TierSettings:
         options = _options_in_url(table.options) if settings is Remote else dict(table.options)
         return _make(settings, options)
     except ConfigError as error:
-        raise ConfigError(f"{error} (in {table!r})") from error
+        raise ConfigError(f"{error} (in tier {table})") from error
 
 
 def tier_names(settings: Sequence[TierSettings]) -> list[str]:
@@ -86,7 +86,7 @@ def _make(settings: object, options: Mapping[str, object]) -> TierSettings:
         kinds = field_kinds(settings)
         for name in options:
             if name not in kinds:
-                raise ConfigError(f"{name} is no option here; {nearest_hint(name, kinds)}")
+                raise ConfigError(f"{name} is no option of the tier; {nearest_hint(name, kinds)}")
         for name in required_fields(settings):
             if name not in options:
                 raise ConfigError(f"{name} is missing; give it")

@@ -19,7 +19,7 @@ from kvkeep.config.nearest import nearest_hint
 from kvkeep.errors import ConfigError
 from kvkeep.policies import make_policy
 from kvkeep.tiers.base import Occasion, Tier
-from kvkeep.tiers.disk import DiskTier
+from kvkeep.tiers.disk import LEAST_CAPACITY, DiskTier
 from kvkeep.tiers.host import HostTier
 from kvkeep.tiers.objects import ObjectTier
 from kvkeep.tiers.resp import RespTier
@@ -115,6 +115,8 @@ class Disk:
     def __post_init__(self) -> None:
         _check_common(self)
         _check_disk(self.folder, durable=self.durable)
+        if parse_bytes(self.capacity, total_bytes=_ANY_TOTAL) < LEAST_CAPACITY:
+            raise ConfigError(f"capacity={self.capacity!r} holds no file; give 4096 bytes or more")
 
     def open(self, name: str | None = None) -> Tier:
         """Make the folder where it is absent, and find what is in it."""

@@ -17,10 +17,6 @@ from kvkeep.spec import BlockKey
 
 __all__ = ["Claim", "TagPart", "tag_parts"]
 
-# A block on which more tags pile up begins anew with those of its next user, as if it had been evicted and
-# computed again: tags are never left out, but a block does not collect them without end.
-_MAX_BLOCK_TAGS = 1024
-
 
 @dataclass(frozen=True, slots=True)
 class TagPart:
@@ -100,8 +96,6 @@ class Claim:
         def claim(old: Labels | None) -> Labels:
             if old is not None and (is_new and old.ends_at <= now_s):
                 old = None
-            if old is not None and len(old.tags | tags) > _MAX_BLOCK_TAGS:
-                old = None
             return self._claimed(old, tags, now_s)
 
         return claim
@@ -128,7 +122,7 @@ class Claim:
             old,
             sessions=old.sessions | sessions,
             is_shared=old.is_shared or name is None,
-            tags=old.tags | tags,
+            tags=old.joined(tags),
             expires_at=max(old.expires_at, begins_at + self.ttl_s),
             priority=max(old.priority, self.priority),
             contexts=old.contexts | contexts,

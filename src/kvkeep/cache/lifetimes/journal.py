@@ -1,17 +1,18 @@
 """Purges that have begun, on a disk, so that a crash in the middle is made good at the next start.
 
-One line of JSON for each purge that begins, `{"v": 2, "id": ..., "at": ..., "query": {...}}`, and one for
-each that is finished, `{"v": 2, "id": ..., "done": true}`; only lines are appended. Between them may be
-`{"v": 2, "id": ..., "left": {"tier": [...]}}`, objects of which a tier that did not answer has yet to hear:
-what it says of them itself may be old. A purge that is repeated does no harm: it means nothing that was
-created after it began. Several processes may write to one journal, and each reads what the others begin.
+One line of JSON for each purge that begins, `{"v": 2, "id": ..., "at": ..., "query": {...}, "tiers": [...]}`
+with the tiers that it looks through, and one for each that is finished, `{"v": 2, "id": ..., "done": true}`.
+Between them may be `{"v": 2, "id": ..., "left": {"tier": [...]}}`, objects of which a tier that did not
+answer has yet to hear: what it says of them itself may be old. A purge that is repeated does no harm: it
+means nothing that was created after it began. Several processes may write to one journal, and each reads what
+the others begin; one with tiers that another's purge does not reach goes on with it there (`"of": ...`).
 
 A line survives this process when `begin` returns, and a failure of power once `sync` was called, which waits
 for the medium and comes before anything is deleted.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from logging import getLogger
 from pathlib import Path
@@ -20,7 +21,7 @@ from uuid import uuid4
 
 import msgspec
 
-from kvkeep.cache.lifetimes.appended_line import append_line
+from kvkeep.cache.lifetimes.appended_line import FollowedFile, append_line, replace_content
 from kvkeep.cache.lifetimes.selector import Query
 from kvkeep.spec import StoredKey
 
@@ -31,8 +32,9 @@ _log = getLogger(__name__)
 _VERSION = 2
 _READABLE = (1, 2)
 _NAME = "purges.jsonl"
-# A journal without unfinished purges is begun anew beyond this.
+# A journal beyond this is replaced by what of it is unfinished.
 _MOST_BYTES = 1 << 16
+_MOST_HEARD = 4096
 
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -42,16 +44,28 @@ class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     query: Query | None = None
     done: bool = False
     left: dict[str, list[bytes]] = {}
+    tiers: list[str] = []
+    of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """A purge that was begun, and may not have come to its end."""
+    """A purge that was begun, and may not have come to its end.
+
+    `tiers` are those that it looks through, if they were written down; `origin_id` is the purge that it
+    goes on with, or itself.
+    """
 
     purge_id: str
     query: Query
     # By the names of tiers.
     left: dict[str, list[StoredKey]] = field(default_factory=dict)
+    tiers: frozenset[str] = frozenset()
+    origin_id: str = ""
+
+    def is_within(self, names: Collection[str]) -> bool:
+        """Whether a process with these tiers can bring it to its end."""
+        return self.tiers.union(self.left).issubset(names)
 
 
 class PurgeJournal:
@@ -59,20 +73,30 @@ class PurgeJournal:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _NAME
+        self._file = FollowedFile(self._path)
         self._has_warned = False
-        self._num_open = 0
-        # Purges of this process, and how much of what others write has been read.
-        self._own: set[str] = set()
-        self._read_bytes = self._inode = 0
+        # Purges of this process, and those of others that it knows, the oldest first.
+        self._heard: dict[str, None] = {}
+        self._shorten_at = _MOST_BYTES
         self._is_synced = True
         self._syncing = Lock()
 
-    def begin(self, query: Query, now_s: float) -> str:
-        """Write down, before it begins, what is to be purged; returns the name of the purge."""
-        purge_id = uuid4().hex
-        self._own.add(purge_id)
-        self._num_open += 1
-        self._append(_Line(_VERSION, purge_id, at=now_s, query=query))
+    def begin(
+        self,
+        query: Query,
+        now_s: float,
+        *,
+        tiers: Collection[str] = (),
+        origin: Unfinished | None = None,
+    ) -> str:
+        """Write down, before it begins, what is to be purged, and in which tiers; returns its name.
+
+        It may go on with another's purge, of which `origin` tells.
+        """
+        purge_id, of = uuid4().hex, "" if origin is None else origin.origin_id
+        self._hear(purge_id)
+        line = _Line(_VERSION, purge_id, at=now_s, query=query, tiers=sorted(tiers), of=of)
+        self._append(line)
         return purge_id
 
     def leave(self, purge_id: str, name: str, keys: Sequence[StoredKey]) -> None:
@@ -81,7 +105,6 @@ class PurgeJournal:
 
     def finish(self, purge_id: str) -> None:
         """All of it is gone."""
-        self._num_open -= 1
         self._append(_Line(_VERSION, purge_id, done=True))
 
     def sync(self) -> None:
@@ -103,40 +126,32 @@ class PurgeJournal:
 
     def unfinished(self) -> list[Unfinished]:
         """What was begun and not finished, the oldest first; to be called before anything is served."""
-        content = self._read(0)
-        begun = _unfinished(content)
-        self._num_open = len(begun)
-        self._own.update(one.id for one in _lines(content))
-        if not begun and content:
-            self._start_anew()
-        return list(begun.values())
+        lines = list(_lines(self._read_on()))
+        for one in lines:
+            self._hear(one.of or one.id)
+        return list(_unfinished(lines).values())
 
     def begun_by_others(self) -> list[Unfinished]:
         """What other processes have begun since the last call, or since `unfinished`; cheap when nothing."""
-        try:
-            there = self._path.stat()
-        except OSError:
-            return []
-        is_same = there.st_ino == self._inode and there.st_size >= self._read_bytes
-        if is_same and there.st_size == self._read_bytes:
-            return []
-        # Somebody may have begun it anew.
-        start, self._inode = self._read_bytes if is_same else 0, there.st_ino
-        content = self._read(start)
-        whole = content[: content.rfind(b"\n") + 1]
-        self._read_bytes = start + len(whole)
-        begun = [one for one in _lines(whole) if one.query is not None]
-        others = [_begun(one) for one in begun if one.id not in self._own]
-        self._own.difference_update([one.id for one in begun])
+        others = []
+        for one in _lines(self._read_on()):
+            if one.query is not None and (one.of or one.id) not in self._heard:
+                self._hear(one.of or one.id)
+                others.append(_begun(one))
         return others
 
-    def _read(self, start: int) -> bytes:
+    def close(self) -> None:
+        """Read no more of what others begin."""
+        self._file.close()
+
+    def _hear(self, purge_id: str) -> None:
+        self._heard[purge_id] = None
+        if len(self._heard) > _MOST_HEARD:
+            del self._heard[next(iter(self._heard))]
+
+    def _read_on(self) -> bytes:
         try:
-            with self._path.open("rb") as file:
-                file.seek(start)
-                return file.read()
-        except FileNotFoundError:
-            return b""
+            return self._file.read_on()
         except OSError as error:
             self._warn(error)
             return b""
@@ -145,16 +160,9 @@ class PurgeJournal:
         try:
             append_line(self._path, msgspec.json.encode(line))
             self._is_synced = False
-            if not self._num_open and self._path.stat().st_size > _MOST_BYTES:
-                self._start_anew()
-        except OSError as error:
-            self._warn(error)
-
-    def _start_anew(self) -> None:
-        """Unless others have begun what they have not finished."""
-        try:
-            if not _unfinished(self._read(0)):
-                self._path.unlink(missing_ok=True)
+            if self._path.stat().st_size > self._shorten_at:
+                num_bytes = replace_content(self._path, _shortened)
+                self._shorten_at = max(_MOST_BYTES, 2 * num_bytes)
         except OSError as error:
             self._warn(error)
 
@@ -178,13 +186,14 @@ def _begun(line: _Line) -> Unfinished:
     assert line.query is not None
     before = line.query.created_before
     at = line.at if before is None else min(before, line.at)
-    return Unfinished(line.id, replace(line.query, created_before=at))
+    query = replace(line.query, created_before=at)
+    return Unfinished(line.id, query, tiers=frozenset(line.tiers), origin_id=line.of or line.id)
 
 
-def _unfinished(content: bytes) -> dict[str, Unfinished]:
+def _unfinished(lines: Iterable[_Line]) -> dict[str, Unfinished]:
     """By their names, the oldest first."""
     begun: dict[str, Unfinished] = {}
-    for one in _lines(content):
+    for one in lines:
         if one.done:
             begun.pop(one.id, None)
         elif one.query is not None:
@@ -193,3 +202,10 @@ def _unfinished(content: bytes) -> dict[str, Unfinished]:
             for name, keys in one.left.items():
                 begun[one.id].left.setdefault(name, []).extend(map(StoredKey, keys))
     return begun
+
+
+def _shortened(content: bytes) -> bytes:
+    """The lines of purges that are not finished."""
+    lines = list(_lines(content))
+    begun = _unfinished(lines)
+    return b"".join(msgspec.json.encode(one) + b"\n" for one in lines if one.id in begun)

@@ -4,6 +4,7 @@ The same for all KV groups of a block, on the device and in every tier. Stored f
 """
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from math import inf, isnan
 from typing import NamedTuple, NewType
@@ -13,6 +14,7 @@ import msgspec
 from kvkeep.spec import BlockKey
 
 __all__ = [
+    "ANY_TAG",
     "DEFAULT_PRIORITY",
     "ContextId",
     "Labels",
@@ -26,11 +28,15 @@ __all__ = [
 PinId = NewType("PinId", str)
 
 DEFAULT_PRIORITY = 50
+# Of a block on which so many tags piled up that some were left out: every tag means it. No request can give
+# it, since names have no control characters.
+ANY_TAG = "\0any"
 _VERSION = 1
 _KEY_BYTES = 32
 # A block of more sessions than these counts as everybody's: no one of them takes it along when it ends.
 _MAX_SESSIONS = 64
 _MAX_CONTEXTS = 16
+_MAX_TAGS = 1024
 
 
 class SessionId(NamedTuple):
@@ -75,6 +81,15 @@ class Labels:
     def is_orphaned(self) -> bool:
         """Whether nobody uses the block, nor has pinned it: its session has ended."""
         return not self.sessions and not self.is_shared and not self.pins
+
+    def bears(self, tags: AbstractSet[str]) -> bool:
+        """Whether one of these tags means the block."""
+        return ANY_TAG in self.tags or not self.tags.isdisjoint(tags)
+
+    def joined(self, tags: frozenset[str]) -> frozenset[str]:
+        """Its tags and these; beyond a thousand these alone, and that it may have any."""
+        joined = self.tags | tags
+        return joined if len(joined) <= _MAX_TAGS else tags | {ANY_TAG}
 
     def is_owned_by(self, session: str) -> bool:
         """Whether the block goes with the session: nobody else uses it, and nobody has pinned it."""

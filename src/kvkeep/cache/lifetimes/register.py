@@ -11,6 +11,7 @@ from heapq import heapify, heappop, heappush
 from typing import TypeVar
 
 from kvkeep.cache.lifetimes.labels import (
+    ANY_TAG,
     DEFAULT_PRIORITY,
     Labels,
     PinId,
@@ -134,8 +135,9 @@ class Register:
         return self._of([group for at, _, group in self._expiries if at <= now_s])
 
     def tagged(self, tag: str) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
-        """Blocks with a tag, by labels."""
-        return self._of(self._tag_to_groups.get(tag, ()))
+        """Blocks that a tag means, by labels."""
+        groups = (self._tag_to_groups.get(one, set()) for one in (tag, ANY_TAG))
+        return self._of(set().union(*groups))
 
     def of_session(self, session: SessionId) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
         """Blocks that a session uses, by labels."""
@@ -166,12 +168,18 @@ class Register:
     def of_versions(
         self, namespaces: Iterable[BlockKey] | None, tag: str
     ) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
-        """Blocks of tenants (all of them) with a version of the same name as `tag`, by labels."""
+        """Blocks of tenants (all of them) that may have a version of the same name as `tag`, by labels."""
         name = versioned_name(tag)
-        roots = self._namespace_to_groups if namespaces is None else namespaces
-        places = () if name is None else [(root, name) for root in roots]
+        if name is None:
+            return iter(())
+        roots = frozenset(self._namespace_to_groups if namespaces is None else namespaces)
+        groups = {
+            group
+            for group in self._tag_to_groups.get(ANY_TAG, ())
+            if group.labels.namespace in roots
+        }
         return self._of(
-            [group for place in places for group in self._versions_to_groups.get(place, ())]
+            groups.union(*(self._versions_to_groups.get((root, name), ()) for root in roots))
         )
 
     @property

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from math import inf
 
 from kvkeep.cache.lifetimes.labels import Labels
 from kvkeep.cache.lifetimes.register import Register
@@ -40,7 +41,7 @@ class Selector:
     def __post_init__(self) -> None:
         for field in ("older_than_s", "unused_for_s"):
             value = getattr(self, field)
-            if value is not None and not value >= 0:
+            if value is not None and not 0 <= value < inf:
                 raise ConfigError(
                     f"{field}={value!r} is no length of time; give seconds, 0 or more"
                 )
@@ -100,7 +101,7 @@ class Query:
     def fits(self, labels: Labels) -> bool:
         """Whether blocks of these labels are meant, as far as labels tell; pinned ones are."""
         return (
-            (not self.tags or not self.tags.isdisjoint(labels.tags))
+            (not self.tags or labels.bears(self.tags))
             and (not self.sessions or self._is_of_sessions(labels))
             and (not self.versions or bool(outdated_tags(self.versions, labels.tags)))
             and (self.namespaces is None or labels.namespace in self.namespaces)

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from kvkeep.cache.lifetimes.labels import ANY_TAG
 from kvkeep.spec import BlockKey
 
 __all__ = ["NewestVersions", "outdated_tags", "versioned_name", "versioned_names"]
@@ -27,12 +28,16 @@ def versioned_names(tags: Iterable[str]) -> frozenset[str]:
 
 
 def outdated_tags(claimed: Iterable[str], known: Iterable[str]) -> frozenset[str]:
-    """Those of `known` that are another version of a name that is claimed with a version."""
+    """Those of `known` that are, or may be, another version of a name that is claimed with a version."""
     claimed = frozenset(claimed)
     names = versioned_names(claimed)
     if not names:
         return frozenset()
-    return frozenset(tag for tag in known if tag not in claimed and versioned_name(tag) in names)
+    return frozenset(
+        tag
+        for tag in known
+        if tag == ANY_TAG or (tag not in claimed and versioned_name(tag) in names)
+    )
 
 
 class NewestVersions:
