@@ -83,12 +83,6 @@ class Machine:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    """One that stands still."""
-    return Clock()
-
-
-@pytest.fixture
 def pair(redis: RedisServer, clock: Clock, tmp_path: Path) -> Iterator[tuple[Machine, Machine]]:
     """Two machines on one server, neither of which reads what the other has put."""
     prefix = f"kvkeep-test:{tmp_path.name}:"

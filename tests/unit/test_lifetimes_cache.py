@@ -15,12 +15,6 @@ PROMPT = list(range(100, 112))  # three full blocks
 OTHER = [*PROMPT[:4], *range(200, 208)]  # shares the first
 
 
-@pytest.fixture
-def clock() -> Clock:
-    """A clock that stands still."""
-    return Clock()
-
-
 @EVERY_MODEL
 def test_an_expired_block_is_not_served(groups: tuple[GroupSpec, ...], clock: Clock) -> None:
     """Up to its time it is; from then on it is computed again, and lives again."""

@@ -8,20 +8,8 @@ from kvkeep.cache.lifetimes import Lifetimes, PinId, Query
 from kvkeep.cache.lifetimes.labels import ANY_TAG
 from kvkeep.config import CacheOptions
 from kvkeep.spec import BlockKey
-from tests.lifetime_books import Clock, chain, labels_of, made, root, serve
+from tests.lifetime_books import Clock, chain, labels_of, root, serve
 from tests.lifetime_cache import LifetimeCache, disk
-
-
-@pytest.fixture
-def clock() -> Clock:
-    """It is 1000."""
-    return Clock()
-
-
-@pytest.fixture
-def lifetimes(clock: Clock) -> Lifetimes:
-    """Books with the usual settings."""
-    return made(clock)
 
 
 def test_a_block_does_not_collect_tags_without_end(lifetimes: Lifetimes) -> None:

@@ -23,18 +23,6 @@ from kvkeep.spec import BlockKey
 from tests.lifetime_books import Clock, chain, labels_of, made, root, serve
 
 
-@pytest.fixture
-def clock() -> Clock:
-    """It is 1000."""
-    return Clock()
-
-
-@pytest.fixture
-def lifetimes(clock: Clock) -> Lifetimes:
-    """Books with the usual settings."""
-    return made(clock)
-
-
 def test_the_longest_life_holds_whatever_the_order(clock: Clock) -> None:
     """Two requests ask for different lives of the same block."""
     tokens, ends = chain(1), []

@@ -18,18 +18,6 @@ from kvkeep.spec import BlockKey
 from tests.lifetime_books import SIZE, Clock, chain, labels_of, made, root, serve
 
 
-@pytest.fixture
-def clock() -> Clock:
-    """It is 1000."""
-    return Clock()
-
-
-@pytest.fixture
-def lifetimes(clock: Clock) -> Lifetimes:
-    """Books with the usual settings."""
-    return made(clock)
-
-
 def test_what_goes_with_a_session(lifetimes: Lifetimes) -> None:
     """Only what it uses alone: not what another session, a request without session, or a pin keeps."""
     own, two, shared, pinned = (chain(1, number) for number in range(4))

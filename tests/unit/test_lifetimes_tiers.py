@@ -25,12 +25,6 @@ OTHER = [*PROMPT[:4], *range(200, 208)]  # shares the first
 
 
 @pytest.fixture
-def clock() -> Clock:
-    """A clock that stands still."""
-    return Clock()
-
-
-@pytest.fixture
 def opened() -> Iterator[list[LifetimeCache]]:
     """Caches that are closed at the end."""
     caches: list[LifetimeCache] = []

@@ -62,6 +62,10 @@ class Forgotten:
         """Whether nothing of it lies anywhere."""
         return self.deletion.is_done
 
+    def note_found(self, deleted: Iterable[StoredKey]) -> None:
+        """A tier had objects of these blocks, which are gone now."""
+        self.found.update(BlockKey(one[:-1]) for one in deleted)
+
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
@@ -268,16 +272,12 @@ class Forgetting:
             forgotten.keys.update(here)
             self._lifetimes.tell_gone(here, forgotten.reason)
             self._forget_here(forgotten, here)
-
-        def count(deleted: Sequence[StoredKey]) -> None:
-            forgotten.found.update(BlockKey(one[:-1]) for one in deleted)
-
-        groups = range(len(self._places.ledgers))
+        stored = self._stored_keys(keys)
         for at, tier in enumerate(() if self._below is None else self._below.stack.tiers):
             assert self._below is not None
             if tier.name in places:
-                stored = [stored_key(key, group) for key in keys for group in groups]
-                self._below.deletions.add_found(forgotten.deletion, stored, at, count)
+                note = forgotten.note_found
+                self._below.deletions.add_found(forgotten.deletion, stored, at, note)
 
     def _on_device(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
         gets = [ledger.get for ledger in self._places.ledgers]
@@ -307,8 +307,9 @@ class Forgetting:
             forgotten.num_held_places += len(blocks) - len(freed)
 
     def _delete(self, forgotten: Forgotten, keys: Sequence[BlockKey]) -> None:
-        if self._below is None or not keys:
-            return
+        if self._below is not None and keys:
+            self._below.add_to_deletion(forgotten.deletion, self._stored_keys(keys))
+
+    def _stored_keys(self, keys: Iterable[BlockKey]) -> list[StoredKey]:
         groups = range(len(self._places.ledgers))
-        stored = [stored_key(key, group) for key in keys for group in groups]
-        self._below.add_to_deletion(forgotten.deletion, stored)
+        return [stored_key(key, group) for key in keys for group in groups]

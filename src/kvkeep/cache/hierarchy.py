@@ -286,22 +286,17 @@ class Hierarchy:
         counts = self.stack.delete(keys)
         return {self.stack.tiers[at].name: count for at, count in counts.items()}
 
-    def begin_delete(
-        self, keys: Sequence[StoredKey], among: Sequence[int] | None = None
-    ) -> Deletion:
-        """Forget objects in the tiers `among` (all of them) beside compute; from now on nobody finds them."""
+    def begin_delete(self, keys: Sequence[StoredKey]) -> Deletion:
+        """Forget objects in all tiers beside compute; from now on nobody finds them."""
         deletion = Deletion()
-        self.add_to_deletion(deletion, keys, among)
+        self.add_to_deletion(deletion, keys)
         deletion.end_job()
         return deletion
 
-    def add_to_deletion(
-        self, deletion: Deletion, keys: Sequence[StoredKey], among: Sequence[int] | None = None
-    ) -> None:
+    def add_to_deletion(self, deletion: Deletion, keys: Sequence[StoredKey]) -> None:
         """Forget more objects as part of a deletion that is not closed."""
-        if among is None:
-            self._cancel(keys)
-        self.deletions.add(deletion, keys, among)
+        self._cancel(keys)
+        self.deletions.add(deletion, keys)
 
     def clear(self) -> dict[str, int]:
         """Forget all objects of all tiers; how many there were in each, by its name."""

@@ -15,7 +15,7 @@ from kvkeep.cache.lifetimes.journal import Unfinished
 from kvkeep.cache.restoring import Restoring, open_journal
 from kvkeep.cache.searches import Found, Search
 from kvkeep.cache.upkeep import Upkeep
-from kvkeep.spec import BlockKey, StoredKey
+from kvkeep.spec import BlockKey
 
 __all__ = ["Purge", "Purges", "Reach"]
 
@@ -280,15 +280,11 @@ class Purges:
 
     def _take(self, below: Hierarchy, forgotten: Forgotten, query: Query, found: Found) -> None:
         register = self._lifetimes.register
-
-        def count(deleted: Sequence[StoredKey]) -> None:
-            forgotten.found.update(BlockKey(one[:-1]) for one in deleted)
-
         stored_to_key = {one: BlockKey(one[:-1]) for one in found.meant}
         # What is purged here is given up without looking.
         rest = [one for one, key in stored_to_key.items() if not self._goes(forgotten, query, key)]
         unknown = [one for one in rest if stored_to_key[one] not in register]
-        below.deletions.add_found(forgotten.deletion, unknown, found.at, count)
+        below.deletions.add_found(forgotten.deletion, unknown, found.at, forgotten.note_found)
         # What lives here under labels that are not meant stays here.
         others = [one for one in rest if self._lives(query, stored_to_key[one])]
         below.deletions.add_found(forgotten.deletion, others, found.at, below.copies.unremember)
