@@ -16,15 +16,15 @@ _T = TypeVar("_T")
 def checked_names(of: type[_T]) -> type[_T]:
     """Decorates a class: a keyword that it does not take is a ConfigError with the nearest name."""
     begin = of.__init__
-    (_, *names) = signature(begin).parameters
+    names = frozenset(list(signature(begin).parameters)[1:])
 
     @wraps(begin)
     def checked(self: object, *values: Any, **options: Any) -> None:
-        for name, value in options.items():
-            if name not in names:
-                raise ConfigError(
-                    f"{name}={value!r:.80} is no argument of {of.__name__}; {nearest_hint(name, names)}"
-                )
+        if not options.keys() <= names:
+            name = next(name for name in options if name not in names)
+            raise ConfigError(
+                f"{name}={options[name]!r:.80} is no argument of {of.__name__}; {nearest_hint(name, names)}"
+            )
         begin(self, *values, **options)
 
     of.__init__ = checked  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from threading import Event
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -26,6 +27,9 @@ __all__ = ["AsyncEngine", "EngineDownError", "Submission"]
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+# The interpreter runs one thread at a time: without a pause the loop would have to wait with a first token
+# until the next step has been planned.
+_HANDOVER_S = 0.001
 
 
 class AsyncEngine:
@@ -156,7 +160,13 @@ class AsyncEngine:
     # These two run on the thread.
 
     def _arrived(self, arrivals: "Sequence[Arrival[Submission]]") -> None:
-        self._to_loop(_take_all, arrivals)
+        begun = [one.receiver for one in arrivals if not one.receiver._has_begun]
+        for submission in begun:
+            submission._has_begun = True
+        are_taken = Event()
+        self._to_loop(_take_all, arrivals, are_taken)
+        if begun:
+            are_taken.wait(_HANDOVER_S)
 
     def _ended(self) -> None:
         self._to_loop(self._refuse_open)
@@ -191,6 +201,7 @@ class Submission(AsyncIterator[Piece]):
         self._waiter: asyncio.Future[None] | None = None
         self._request_id: RequestId | None = None
         self._is_entered = False
+        self._has_begun = False  # a piece is on its way; only the engine's thread asks
         self._has_ended = False  # nothing comes any more
 
     async def __aenter__(self) -> Self:
@@ -313,9 +324,10 @@ class Submission(AsyncIterator[Piece]):
             self._owner._thread.forget(self._request_id)
 
 
-def _take_all(arrivals: Sequence[Arrival[Submission]]) -> None:
+def _take_all(arrivals: Sequence[Arrival[Submission]], are_taken: Event) -> None:
     for arrival in arrivals:
         arrival.receiver._take(arrival.piece)
+    are_taken.set()
 
 
 def _wake(waiter: "asyncio.Future[None]") -> None:

@@ -186,7 +186,7 @@ async def _prepared(
     params = sampling_params(
         sampling,
         profile.defaults,
-        max_tokens=output_room(body.max_tokens, service, len(prompt.ids), fields.warnings),
+        max_tokens=output_room(body.max_tokens, profile, len(prompt.ids), fields.warnings),
         vocab_size=profile.vocab_size,
         grammar=await compiled(_form(body), profile, service, asker),
         calls=profile.call_syntax if _max_calls(body) != 0 else None,

@@ -43,11 +43,12 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.state.gate = gate = Gate(settings, read_secret(settings.secret_file))
+    # They are looked through in this order for every request.
     for module in (
-        basic_routes,
         openai_routes,
         anthropic_routes,
         responses_routes,
+        basic_routes,
         cache_routes,
         metrics_routes,
     ):

@@ -25,17 +25,29 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
 
     `receive` is that of the request, whose body must have been read. Raises ClientLeftError.
     """
-    running = asyncio.ensure_future(work)
+    # The work stays in the task of its caller: another one would cost every request more than watching does.
+    worker = asyncio.current_task()
+    assert worker is not None
+    has_left = False
+
+    def stop_work(leaving: asyncio.Task[None]) -> None:
+        nonlocal has_left
+        if not leaving.cancelled():
+            has_left = True
+            worker.cancel()
+
     leaving = asyncio.ensure_future(_left(receive))
+    leaving.add_done_callback(stop_work)
     try:
-        await asyncio.wait([running, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            return running.result()
-        raise ClientLeftError
+        return await work
+    except asyncio.CancelledError:
+        # Somebody else may want the task to end as well.
+        if has_left and worker.uncancel() == 0:
+            raise ClientLeftError from None
+        raise
     finally:
-        for task in (running, leaving):
-            task.cancel()
-        await asyncio.gather(running, leaving, return_exceptions=True)
+        leaving.remove_done_callback(stop_work)
+        leaving.cancel()
 
 
 async def _left(receive: Receive) -> None:

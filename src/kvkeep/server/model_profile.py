@@ -14,12 +14,13 @@ from kvkeep.server.service import Service
 from kvkeep.server.structured import Grammars
 from kvkeep.server.token_texts import TokenTexts, Vocabulary
 
-__all__ = ["ModelProfile", "Profile", "longest_output", "profile_of"]
+__all__ = ["ModelProfile", "Profile", "profile_of"]
 
 
 class ModelProfile:
     """What is constant as long as a model is served; made beside the engine, of which only shapes are read.
 
+    `longest_text` is the most tokens of a prompt and its output: the context ends, or the cache's memory.
     `fingerprint` changes with the weights, as clients of the OpenAI protocol expect. `call_syntax` is how it
     writes calls of tools. `token_texts` and `grammars` are None for a model without tokenizer.
     """
@@ -29,6 +30,7 @@ class ModelProfile:
         self.vocab_size = installed.vocab_size
         self.block_size = llm.settings.block_size
         self.max_context = installed.max_context
+        self.longest_text = _longest_text(llm.engine)
         self.defaults = SamplingDefaults.of(llm.model.generation_config)
         digest = sha256(repr(installed.namespace).encode()).hexdigest()
         self.fingerprint = f"fp_{digest[:12]}"
@@ -45,22 +47,18 @@ class ModelProfile:
             )
 
 
-def longest_output(engine: Engine, num_prompt: int) -> int:
-    """The most tokens that can follow a prompt: the context ends, or the device memory of the cache.
-
-    Reads what never changes while the engine runs, so it may be asked from any thread.
-    """
+def _longest_text(engine: Engine) -> int:
     have = engine.cache.num_blocks()
 
     def fits(num_tokens: int) -> bool:
         needed = engine.cache.blocks_needed(num_tokens, engine.settings.max_batch_tokens)
         return all(need <= room for need, room in zip(needed, have, strict=True))
 
-    least, most = num_prompt, engine.installed.max_context
+    least, most = 0, engine.installed.max_context
     while least < most:
         middle = (least + most + 1) // 2
         least, most = (middle, most) if fits(middle) else (least, middle - 1)
-    return max(0, least - num_prompt)
+    return least
 
 
 def _end_ids(llm: LLM) -> frozenset[int]:

@@ -36,7 +36,7 @@ async def answer_chat(
         if body.stream:
             return JobEvents(
                 [stream],
-                _ChatStream(chat, request.url.path),
+                _ChatStream(chat, request.scope["path"]),
                 keep_alive_s=keep_alive_s,
                 resources=resources.pop_all(),
                 headers=chat.fields.warnings.headers(),

@@ -89,7 +89,7 @@ async def prepared_chat(
     params = sampling_params(
         body,
         profile.defaults,
-        max_tokens=output_room(_asked(body), service, len(prompt.ids), fields.warnings),
+        max_tokens=output_room(_asked(body), profile, len(prompt.ids), fields.warnings),
         vocab_size=profile.vocab_size,
         logprobs=None if texts is None else body.top_logprobs or 0,
         grammar=grammar,

@@ -91,7 +91,7 @@ async def answer_completion(
         if body.stream:
             return JobEvents(
                 streams,
-                _CompletionStream(completion, request.url.path),
+                _CompletionStream(completion, request.scope["path"]),
                 keep_alive_s=keep_alive_s,
                 resources=resources.pop_all(),
                 headers=completion.fields.warnings.headers(),
@@ -129,7 +129,7 @@ async def _prepared(
             EncodedPrompt(ids=tuple(ids)),
             replace(
                 params,
-                max_tokens=output_room(params.max_tokens, service, len(ids), fields.warnings),
+                max_tokens=output_room(params.max_tokens, profile, len(ids), fields.warnings),
             ),
             fields,
             route=_ROUTE,

@@ -17,7 +17,7 @@ from kvkeep.server.auth import Tenant
 from kvkeep.server.cache_fields import CacheFields, Warnings
 from kvkeep.server.cache_report import cache_report
 from kvkeep.server.cache_scope import check_pins, pin_prefix, scope_of
-from kvkeep.server.model_profile import ModelProfile, longest_output
+from kvkeep.server.model_profile import ModelProfile
 from kvkeep.server.prompts import EncodedPrompt
 from kvkeep.server.service import Job, Service, request_id_of
 from kvkeep.server.structured import AnswerForm
@@ -91,14 +91,16 @@ def template_tools(
     )
 
 
-def output_room(asked: int | None, service: Service, num_prompt: int, warnings: Warnings) -> int:
+def output_room(
+    asked: int | None, profile: ModelProfile, num_prompt: int, warnings: Warnings
+) -> int:
     """The most tokens to answer with: as asked, as far as context and memory go; less becomes a warning.
 
     A prompt that leaves no room is refused by the engine, which says why.
     """
     if asked == 0:
         return 0
-    room = max(1, longest_output(service.llm.engine, num_prompt))
+    room = max(1, profile.longest_text - num_prompt)
     if asked is None or asked <= room:
         return room if asked is None else asked
     warnings.add(

@@ -177,7 +177,7 @@ async def _params(
     return sampling_params(
         body,
         profile.defaults,
-        max_tokens=output_room(body.max_output_tokens, service, len(prompt.ids), warnings),
+        max_tokens=output_room(body.max_output_tokens, profile, len(prompt.ids), warnings),
         vocab_size=profile.vocab_size,
         logprobs=body.top_logprobs or 0 if wants_logprobs else None,
         grammar=await compiled(answer_form(body), profile, service, asker),
