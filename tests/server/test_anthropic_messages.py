@@ -116,9 +116,15 @@ def test_calls_and_results_become_messages_of_tools() -> None:
 
 def test_a_failed_tool_says_so() -> None:
     """What went wrong reaches the model, which sees text only."""
-    failed = {"type": "tool_result", "tool_use_id": "t", "content": "disk full", "is_error": True}
+    failed = {
+        "type": "tool_result",
+        "tool_use_id": "toolu_1",
+        "content": "disk full",
+        "is_error": True,
+    }
+    found = converted([{"role": "assistant", "content": [CALL]}, user(failed)])
 
-    assert converted([user(failed)])[0]["content"] == "Error: disk full"
+    assert found[-1]["content"] == "Error: disk full"
 
 
 def test_thoughts_of_earlier_turns_are_left_out() -> None:
@@ -172,6 +178,7 @@ def test_marks_are_found_everywhere() -> None:
         ({"type": "text", "text": {"deep": []}}, r"text=\{'deep': \[\]\}"),
         ({"type": "tool_result", "content": "x"}, "tool_use_id"),
         ({"type": "tool_result", "tool_use_id": "x", "content": 5}, "content=5"),
+        ({"type": "tool_result", "tool_use_id": "x", "content": "3"}, "tool_use_id='x'.*no call"),
         ({"type": "server_tool_use"}, "server_tool_use"),
     ],
 )

@@ -104,6 +104,7 @@ def test_tags_of_messages_and_parts_are_kept() -> None:
         ({"role": "user", "content": ["a"]}, "content.0='a'"),
         (CALL | {"arguments": "{"}, "arguments"),
         ({"type": "function_call_output", "output": "3"}, "call_id"),
+        ({"type": "function_call_output", "output": "3", "call_id": "c9"}, "call_id='c9'.*no call"),
     ],
 )
 def test_an_item_that_cannot_be_read_is_refused_by_place(item: dict[str, Any], names: str) -> None:

@@ -85,12 +85,21 @@ class _Turns:
         if calls:
             last.setdefault("tool_calls", []).extend(calls)
 
-    def add_result(self, call_id: str, parts: list[Block]) -> None:
-        """Say what a tool has given."""
-        message = {"role": "tool", "tool_call_id": call_id, "content": parts}
-        if call_id in self.tool_names:
-            message["name"] = self.tool_names[call_id]
-        self._messages.append(message)
+    def add_result(self, call_id: str, parts: list[Block], where: str) -> None:
+        """Say what a tool has given. Raises RequestError where nobody has called it."""
+        if call_id not in self.tool_names:
+            raise RequestError(
+                f"{where}.tool_use_id={shown(call_id)} is the result of no call of this conversation; send "
+                "its tool_use block before it"
+            )
+        self._messages.append(
+            {
+                "role": "tool",
+                "tool_call_id": call_id,
+                "name": self.tool_names[call_id],
+                "content": parts,
+            }
+        )
 
     def messages(self) -> list[ChatMessage]:
         """All messages; one plain part is text, which every template takes."""
@@ -127,7 +136,9 @@ def _add_question(turns: _Turns, blocks: Iterable[Block], where: str) -> None:
             continue
         turns.add("user", parts)
         parts = []
-        turns.add_result(text_field(block, "tool_use_id", place), _result_parts(block, place))
+        turns.add_result(
+            text_field(block, "tool_use_id", place), _result_parts(block, place), place
+        )
     turns.add("user", parts)
 
 

@@ -7,15 +7,14 @@ of it says nothing any more.
 """
 
 import logging
-import os
 import sys
 from array import array
+from contextlib import suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import msgspec
 
-from kvkeep.cache.lifetimes.appended_line import append_line
+from kvkeep.cache.lifetimes.appended_line import append_line, replace_content
 from kvkeep.server.cache_contexts import Context
 
 __all__ = ["ContextFile"]
@@ -64,7 +63,14 @@ class ContextFile:
 
     def load(self, model: str) -> list[Context]:
         """The contexts of a model that are in the file."""
-        return [_context(one) for one in self._read() if one.model == model]
+        try:
+            content = self._path.read_bytes()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self._warn(error)
+            return []
+        return [_context(line) for line in self._held(content) if line.model == model]
 
     def put(self, model: str, context: Context) -> None:
         """Write down a context as it is now."""
@@ -97,12 +103,11 @@ class ContextFile:
         except OSError as error:
             self._warn(error)
 
-    def _read(self) -> list[_Line]:
+    def _held(self, content: bytes) -> list[_Line]:
         """What holds of the file, the oldest first; lines that were cut off are passed over."""
         known: dict[tuple[str, str | None, str], _Line] = {}
-        self._num_lines = 0
-        for text in self._texts():
-            self._num_lines += 1
+        texts = [text for text in content.splitlines() if text]
+        for text in texts:
             try:
                 if msgspec.json.decode(text, type=_AnyLine).v != _VERSION:
                     self._is_newer = True
@@ -115,17 +120,8 @@ class ContextFile:
             known.pop(line.place, None)
             if not line.gone:
                 known[line.place] = line
-        self._num_known = len(known)
+        self._num_lines, self._num_known = len(texts), len(known)
         return list(known.values())
-
-    def _texts(self) -> list[bytes]:
-        try:
-            return [text for text in self._path.read_bytes().splitlines() if text]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            self._warn(error)
-            return []
 
     def _append(self, line: _Line) -> None:
         try:
@@ -138,22 +134,16 @@ class ContextFile:
             self._warn(error)
 
     def _write_anew(self) -> None:
-        lines = self._read()
+        with suppress(FileNotFoundError):
+            replace_content(self._path, self._shortened)
+
+    def _shortened(self, content: bytes) -> bytes:
+        lines = self._held(content)
         # A later version of kvkeep has lines here that this one cannot judge.
         if self._is_newer or len(lines) == self._num_lines:
-            return
-        folder, name = self._path.parent, self._path.name
-        with NamedTemporaryFile(dir=folder, prefix=name, delete=False) as file:
-            new = Path(file.name)
-            try:
-                file.writelines(msgspec.json.encode(line) + b"\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-                new.replace(self._path)
-            except OSError:
-                new.unlink(missing_ok=True)
-                raise
+            return content
         self._num_lines = len(lines)
+        return b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:

@@ -131,9 +131,13 @@ def _call(item: InputItem, where: str) -> dict[str, Any]:
 
 def _result(item: InputItem, names: dict[str, str], where: str) -> dict[str, Any]:
     call_id = text_field(item, "call_id", where)
+    if call_id not in names:
+        raise RequestError(
+            f"{where}.call_id={shown(call_id)} is the result of no call of this conversation; send its "
+            "function_call before it, or previous_response_id"
+        )
     output = _content(item.get("output"), f"{where}.output")
-    message = {"role": "tool", "tool_call_id": call_id, "content": output}
-    return message | ({"name": names[call_id]} if call_id in names else {})
+    return {"role": "tool", "tool_call_id": call_id, "name": names[call_id], "content": output}
 
 
 def _answer(messages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -31,11 +31,7 @@ def replace_content(path: Path, shorten: Callable[[bytes], bytes]) -> int:
         if not after:
             path.unlink()
         elif after != before:
-            with NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-                file.write(after)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(file.name).replace(path)
+            _write_whole(path, after)
         return len(after)
 
 
@@ -83,6 +79,19 @@ class FollowedFile:
         whole = content[: content.rfind(b"\n") + 1]
         self._read_bytes += len(whole)
         return whole
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    with NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        new = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            new.replace(path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
