@@ -2,7 +2,7 @@
 
     python -m tests.faults.purge_kill9 --kills 500
 
-All rounds share one folder. Each starts a process (purge_kill9_child.py) that fills it and purges a part,
+Many rounds share a folder. Each starts a process (purge_kill9_child.py) that fills it and purges a part,
 kills the process somewhere on the way, opens the folder and checks it.
 """
 
@@ -32,6 +32,8 @@ from tests.lifetime_cache import MANY, LifetimeCache
 _LONGEST_PURGE_S = 0.03
 _LONGEST_WORK_S = 1.0
 _PATIENCE_S = 60.0
+# What they leave must fit into the folder, where nothing may be evicted; and each looks at all of it.
+_ROUNDS_IN_FOLDER = 40
 
 
 @dataclass(slots=True)
@@ -46,15 +48,17 @@ class Counts:
 class Campaign:
     """Rounds on one folder."""
 
-    def __init__(self, nursery: Nursery, folder: Path, seed: int) -> None:
+    def __init__(
+        self, nursery: Nursery, folder: Path, chooser: random.Random, counts: Counts
+    ) -> None:
         self._nursery = nursery
         self._folder = folder / "cache"
         self._log = folder / "log"
-        self._chooser = random.Random(seed)
+        self._chooser = chooser
         self._kept: list[list[int]] = []
         self._purged: list[list[int]] = []
         self._round = 0
-        self.counts = Counts()
+        self.counts = counts
 
     def round(self) -> None:
         """Kill, open and check once."""
@@ -129,15 +133,18 @@ class Campaign:
 def run(*, kills: int, seed: int, budget_s: float = float("inf")) -> Counts:
     """So many kills, or as many as there is time for."""
     until_s = monotonic() + budget_s
-    with tempfile.TemporaryDirectory(prefix="purge-kill9-") as folder:
-        nursery = Nursery("tests.faults.purge_kill9_child")
-        campaign = Campaign(nursery, Path(folder), seed)
-        try:
-            while campaign.counts.num_kills < kills and monotonic() < until_s:
-                campaign.round()
-        finally:
-            nursery.close()
-    return campaign.counts
+    chooser, counts = random.Random(seed), Counts()
+    nursery = Nursery("tests.faults.purge_kill9_child")
+    try:
+        while counts.num_kills < kills and monotonic() < until_s:
+            most = min(kills, counts.num_kills + _ROUNDS_IN_FOLDER)
+            with tempfile.TemporaryDirectory(prefix="purge-kill9-") as folder:
+                campaign = Campaign(nursery, Path(folder), chooser, counts)
+                while counts.num_kills < most and monotonic() < until_s:
+                    campaign.round()
+    finally:
+        nursery.close()
+    return counts
 
 
 def main() -> None:
@@ -147,6 +154,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "little"))
     options = parser.parse_args()
     start = monotonic()
+    sys.stderr.write(f"seed {options.seed}\n")
     counts = run(kills=options.kills, seed=options.seed)
     sys.stdout.write(f"seed {options.seed}: {counts}, {monotonic() - start:.0f} s\n")
 

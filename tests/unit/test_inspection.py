@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.cache import Query
+from kvkeep.cache import PinId, Query
 from kvkeep.cache.inspection import Inspection
 from kvkeep.cache.slices import Bits, Sliced, to_end
 from kvkeep.config import CacheOptions
@@ -149,3 +149,20 @@ def test_an_error_of_the_work_is_passed_on() -> None:
 
     with pytest.raises(ValueError, match="no"):
         to_end(fail())
+
+
+def test_sessions_and_pins_that_end_during_their_list_are_left_out(checked: LifetimeCache) -> None:
+    """Each is a bit of its own, told as it is when its turn comes."""
+    admin, prompts = checked.admin, [list(range(8 * number, 8 * number + 8)) for number in range(3)]
+    for number, prompt in enumerate(prompts):
+        checked.serve(prompt, CacheOptions(session=f"s{number}"))
+        admin.pin(PinId(f"p{number}"), checked.chain(prompt))
+    sessions, pins = admin.inspection.sessions(), admin.inspection.pins()
+    next(sessions)
+    next(pins)
+
+    admin.close_session(checked.session_id("s2"))
+    admin.unpin(PinId("p2"))
+
+    assert [one.name for one in to_end(sessions)] == ["s0", "s1"]
+    assert [(one.name, one.num_blocks) for one in to_end(pins)] == [("p0", 2), ("p1", 2)]

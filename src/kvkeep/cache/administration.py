@@ -50,7 +50,7 @@ class Administration:
         self._below = below
         self._leases = leases
         self.purges = Purges(upkeep, below, leases)
-        self.inspection = Inspection(places, upkeep.lifetimes, below)
+        self.inspection = Inspection(places, upkeep.lifetimes, upkeep.holds, below)
 
     def tell(self, listener: Listener | None) -> None:
         """Have somebody told of blocks that are not known any more, and of who is to be forgotten."""
@@ -125,32 +125,14 @@ class Administration:
     def sessions(self) -> list[SessionReport]:
         """All sessions, the longest unused first."""
         self.purges.wait_until_restored()
-        return [self.session(one.session_id) for one in self._lifetimes.sessions.all()]
+        return to_end(self.inspection.sessions())
 
     def session(self, session_id: SessionId) -> SessionReport:
         """One session. Raises RequestError where there is none of that name."""
-        sessions = self._lifetimes.sessions
-        session = sessions.get(session_id)
+        session = self._lifetimes.sessions.get(session_id)
         if session is None:
             raise RequestError(f"session={session_id.name!r} is not known; sessions() lists all")
-        num_blocks = num_own = 0
-        for labels, keys in self._lifetimes.register.of_session(session_id):
-            num_blocks += len(keys)
-            num_own += len(keys) if labels.is_owned_by(session_id.name) else 0
-        ends_at = sessions.ends_at(session)
-        return SessionReport(
-            name=session_id.name,
-            namespace=session_id.namespace,
-            num_blocks=num_blocks,
-            num_own_blocks=num_own,
-            num_tokens=0 if session.chain is None else len(session.chain),
-            num_requests=session.num_requests,
-            num_running=session.num_open,
-            context=session.context,
-            created_at=session.created_at,
-            used_at=session.used_at,
-            ends_at=None if ends_at == float("inf") else ends_at,
-        )
+        return self.inspection.session(session)
 
     # --- pins ------------------------------------------------------------------------------------
 
@@ -191,14 +173,14 @@ class Administration:
         for key in unlabelled:
             self._upkeep.apply(self._lifetimes.enter(key, chain.root))
         self._upkeep.apply(self._lifetimes.pin(pin, chain.root, known))
-        return self._pin_report(pin, chain.root)
+        return self.inspection.pin(pin, chain.root)
 
     def unpin(self, pin: PinId) -> PinReport:
         """End a pin; what nobody else pins or uses is forgotten. Raises RequestError for an unknown pin."""
         self.purges.wait_until_restored()
         if not self._lifetimes.has_pin(pin):
             raise RequestError(f"pin={pin!r} is not known; pins() lists all")
-        report = self._pin_report(pin, self._lifetimes.pins[pin])
+        report = self.inspection.pin(pin, self._lifetimes.pins[pin])
         changes = self._lifetimes.unpin(pin)
         self._upkeep.apply(changes)
         orphans = [key for change in changes if change.new.is_orphaned for key in change.keys]
@@ -209,7 +191,7 @@ class Administration:
     def pins(self) -> list[PinReport]:
         """All pins, by name."""
         self.purges.wait_until_restored()
-        return [self._pin_report(pin, root) for pin, root in sorted(self._lifetimes.pins.items())]
+        return to_end(self.inspection.pins())
 
     # --- quotas and lists ------------------------------------------------------------------------
 
@@ -254,16 +236,6 @@ class Administration:
         num_checked = sum(ledger.pool.num_blocks for ledger in self._ledgers)
         books = VerifyReport(blocks_checked=num_checked, problems=tuple(problems))
         return books + to_end(self.inspection.audit()) if tiers else books
-
-    def _pin_report(self, pin: PinId, namespace: BlockKey) -> PinReport:
-        keys = [key for _, own in self._lifetimes.register.pinned(pin) for key in own]
-        return PinReport(
-            name=pin,
-            namespace=namespace,
-            num_blocks=len(keys),
-            num_on_device=sum(map(self._upkeep.holds.is_held, keys)),
-            stored={} if self._below is None else self._below.holds.num_held(keys),
-        )
 
     def _forget_labels(self, keys: Collection[BlockKey]) -> None:
         self._lifetimes.register.forget(keys)

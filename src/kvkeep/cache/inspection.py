@@ -1,4 +1,4 @@
-"""Questions about many blocks, answered in bits between steps: walks, reports and checks.
+"""Questions about all that is known, answered in bits between steps: walks, reports and checks.
 
 What is asked about is what is known when a walk begins, and each block is told as it is when its turn comes:
 an answer may be of slightly different moments. What goes meanwhile is left out, what comes is not in it.
@@ -8,8 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from kvkeep.cache.hierarchy import Hierarchy
-from kvkeep.cache.lifetimes import BlockReport, Labels, Lifetimes, Query
+from kvkeep.cache.lifetimes import (
+    BlockReport,
+    Labels,
+    Lifetimes,
+    PinId,
+    PinReport,
+    Query,
+    Session,
+    SessionReport,
+)
 from kvkeep.cache.listing import Held, held_blocks, list_blocks
+from kvkeep.cache.pin_holds import PinHolds
 from kvkeep.cache.places import Places
 from kvkeep.cache.receipts import VerifyReport
 from kvkeep.cache.slices import Bits
@@ -26,10 +36,13 @@ _GROUPS = 256
 class Inspection:
     """Looks at what the books and tiers have, and changes nothing. For the thread that owns the books."""
 
-    def __init__(self, places: Places, lifetimes: Lifetimes, below: Hierarchy | None) -> None:
+    def __init__(
+        self, places: Places, lifetimes: Lifetimes, holds: PinHolds, below: Hierarchy | None
+    ) -> None:
         self._places = places
         self._ledgers = places.ledgers
         self._lifetimes = lifetimes
+        self._holds = holds
         self._below = below
 
     def known(self, query: Query, keys: Sequence[BlockKey]) -> list[BlockKey]:
@@ -87,6 +100,61 @@ class Inspection:
         found: list[BlockReport] = []
         for at in range(0, len(keys), _BIT):
             found += self.reports(keys[at : at + _BIT])
+            yield
+        return found
+
+    def session(self, session: Session) -> SessionReport:
+        """What a session uses, and how it stands."""
+        num_blocks = num_own = 0
+        for labels, keys in self._lifetimes.register.of_session(session.session_id):
+            num_blocks += len(keys)
+            num_own += len(keys) if labels.is_owned_by(session.session_id.name) else 0
+        ends_at = self._lifetimes.sessions.ends_at(session)
+        return SessionReport(
+            name=session.session_id.name,
+            namespace=session.session_id.namespace,
+            num_blocks=num_blocks,
+            num_own_blocks=num_own,
+            num_tokens=0 if session.chain is None else len(session.chain),
+            num_requests=session.num_requests,
+            num_running=session.num_open,
+            context=session.context,
+            created_at=session.created_at,
+            used_at=session.used_at,
+            ends_at=None if ends_at == float("inf") else ends_at,
+        )
+
+    def sessions(self) -> Bits[list[SessionReport]]:
+        """All sessions, the longest unused first."""
+        sessions, found = self._lifetimes.sessions, list[SessionReport]()
+        for one in sessions.all():
+            session = sessions.get(one.session_id)
+            if session is not None:
+                found.append(self.session(session))
+            yield
+        return found
+
+    def pin(self, pin: PinId, namespace: BlockKey) -> PinReport:
+        """What a pin means, and what is held of it."""
+        keys = [key for _, own in self._lifetimes.register.pinned(pin) for key in own]
+        return PinReport(
+            name=pin,
+            namespace=namespace,
+            num_blocks=len(keys),
+            num_on_device=sum(map(self._holds.is_held, keys)),
+            stored={} if self._below is None else self._below.holds.num_held(keys),
+        )
+
+    def pin_names(self) -> frozenset[PinId]:
+        """The names of all pins."""
+        return frozenset(self._lifetimes.pins)
+
+    def pins(self) -> Bits[list[PinReport]]:
+        """All pins, by name."""
+        found = []
+        for pin, namespace in sorted(self._lifetimes.pins.items()):
+            if self._lifetimes.has_pin(pin):
+                found.append(self.pin(pin, namespace))
             yield
         return found
 

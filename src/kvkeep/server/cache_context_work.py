@@ -18,6 +18,7 @@ from kvkeep.server.auth import Tenant
 from kvkeep.server.cache_contexts import Context, session_of_context
 from kvkeep.server.cache_entry_routes import pin_keys
 from kvkeep.server.cache_erasures import Watch
+from kvkeep.server.cache_inspection import inspection_of
 from kvkeep.server.cache_prompts import encode_given
 from kvkeep.server.cache_schemas import ContextRequest
 from kvkeep.server.cache_scope import Scope
@@ -174,7 +175,7 @@ async def unpin_context(service: Service, kept: CacheState, context: Context) ->
 
 def _unpin(llm: LLM, pin: PinId) -> None:
     # Others may have ended it, and a crash may have lost it.
-    if pin in _pins(llm):
+    with suppress(RequestError):
         llm.cache.unpin(pin)
 
 
@@ -186,7 +187,7 @@ async def context_fields(service: Service, context: Context) -> dict[str, Any]:
 
 async def contexts_fields(service: Service, contexts: Sequence[Context]) -> list[dict[str, Any]]:
     """The same of several; requests go on between them."""
-    pins = await service.call(_pins)
+    pins = await service.call(lambda llm: inspection_of(llm).pin_names())
     return [await _fields(service, one, is_pinned=one.pin in pins) for one in contexts]
 
 
@@ -217,7 +218,3 @@ def receipt_fields(receipt: Receipt) -> dict[str, Any]:
         "tokens_by_source": receipt.tokens_by_source,
         "total_ms": round(receipt.total_s * 1e3, 1),
     }
-
-
-def _pins(llm: LLM) -> set[str]:
-    return {one.name for one in llm.cache.pins()}

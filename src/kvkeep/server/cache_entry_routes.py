@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 
 from kvkeep.cache import PinId, Selector, SessionId
+from kvkeep.errors import RequestError
 from kvkeep.llm import LLM
 from kvkeep.server.block_content import block_content
+from kvkeep.server.cache_inspection import inspection_of
 from kvkeep.server.cache_listing import block_page, entry_of, group_page
 from kvkeep.server.cache_orders import purge_to_end
 from kvkeep.server.cache_prompts import encode_given
@@ -97,9 +99,9 @@ def _page(rows: list[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
 
 def _add_pins(router: APIRouter) -> None:
     @router.get("/v1/cache/pins")
-    async def pins(service: Serving, scope: AdminScope) -> dict[str, Any]:
+    async def pins(scope: AdminScope, kept: Kept) -> dict[str, Any]:
         """All pins, and the blocks that they mean."""
-        reports = await service.call(lambda llm: llm.cache.pins())
+        reports = await kept.inspections.ask(scope.tenant, lambda llm: inspection_of(llm).pins())
         named = [(scope.own_pin(report), report) for report in reports]
         data = [
             scope.named(pin_fields(name, report), report.namespace)
@@ -123,9 +125,12 @@ def _add_pins(router: APIRouter) -> None:
         pin_id = PinId(scope.pin_name(name))
 
         def order(llm: LLM) -> int:
-            if all(one.name != pin_id for one in llm.cache.pins()):
-                raise ApiError(404, f"there is no pin {name!r:.200}", param="name", code="unknown")
-            return llm.cache.unpin(pin_id).num_blocks
+            try:
+                return llm.cache.unpin(pin_id).num_blocks
+            except RequestError as error:
+                raise ApiError(
+                    404, f"there is no pin {name!r:.200}", param="name", code="unknown"
+                ) from error
 
         return {"object": "cache.pin", "name": name, "affected": await service.call(order)}
 

@@ -40,8 +40,10 @@ class Inspections:
 
 
 def inspection_of(llm: LLM) -> Inspection:
-    """What looks at the cache of a model."""
-    return llm.engine.cache.administration.inspection
+    """What looks at the cache of a model, once all is known that its tiers have had at the start."""
+    administration = llm.engine.cache.administration
+    administration.purges.wait_until_restored()
+    return administration.inspection
 
 
 def query_of(llm: LLM, selector: Selector) -> Query:

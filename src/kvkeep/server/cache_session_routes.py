@@ -12,9 +12,11 @@ from starlette.background import BackgroundTask
 from starlette.responses import FileResponse
 
 from kvkeep.cache import SessionReport
+from kvkeep.cache.slices import Bits
 from kvkeep.errors import CorruptBlockError, RequestError
 from kvkeep.llm import LLM
 from kvkeep.server.cache_contexts import session_of_context
+from kvkeep.server.cache_inspection import inspection_of
 from kvkeep.server.cache_orders import close_session, session_of
 from kvkeep.server.cache_schemas import ForkRequest, SessionChange
 from kvkeep.server.cache_scope import AdminScope, AskerScope
@@ -47,27 +49,26 @@ def routes() -> APIRouter:
 
 def _add_questions(router: APIRouter) -> None:
     @router.get("/v1/cache/sessions")
-    async def sessions(
-        service: Serving, scope: AskerScope, kept: Kept, salt: str | None = None
-    ) -> dict[str, Any]:
+    async def sessions(scope: AskerScope, kept: Kept, salt: str | None = None) -> dict[str, Any]:
         """All sessions of the asker, of everybody for an administrator."""
         salts = scope.salts(salt)
 
         contexts = [(one.salt, session_of_context(one.name)) for one in kept.contexts.all(salts)]
 
-        def ask(llm: LLM) -> list[SessionReport]:
+        def ask(llm: LLM) -> Bits[list[SessionReport]]:
             roots = {llm.engine.namespace(one).root_key() for one in salts}
             of_contexts = {
                 (llm.engine.namespace(salt).root_key(), session) for salt, session in contexts
             }
+            reports = yield from inspection_of(llm).sessions()
             return [
                 one
-                for one in llm.cache.sessions()
+                for one in reports
                 if (not roots or one.namespace in roots)
                 and (one.namespace, one.name) not in of_contexts
             ]
 
-        own = await service.call(ask)
+        own = await kept.inspections.ask(scope.tenant, ask)
         rows = [scope.named(session_fields(one), one.namespace) for one in own]
         return {"object": "list", "data": rows}
 
