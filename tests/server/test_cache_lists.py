@@ -1,6 +1,9 @@
 """Lists of many blocks over HTTP: asked in bits, with reports on what is shown only."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -9,6 +12,8 @@ import pytest
 from kvkeep.cache import listing
 from kvkeep.cache.slices import Sliced
 from kvkeep.spec import BlockKey
+from kvkeep.tiers.base import Labelled
+from kvkeep.tiers.disk import DiskTier
 from tests.running_server import RunningServer, running_server
 
 ANNA, BERT = "key-of-anna", "key-of-bert"
@@ -32,7 +37,7 @@ def anna(server: RunningServer) -> Iterator[httpx.Client]:
         yield client
 
 
-def complete(server: RunningServer, key: str, ids: Sequence[int], **kv_cache: Any) -> None:
+def complete(server: RunningServer, key: str | None, ids: Sequence[int], **kv_cache: Any) -> None:
     """A request that leaves its prompt in the cache."""
     body = {"model": "tiny", "prompt": list(ids), "max_tokens": 1, "kv_cache": kv_cache}
     with server.client(key) as client:
@@ -173,3 +178,31 @@ def test_a_check_tells_a_tenant_of_its_own_alone(server: RunningServer) -> None:
     assert before == after == {"ok": True, "blocks_checked": 0, "problems": []}
     assert own["ok"]
     assert 20 <= own["blocks_checked"] < 60
+
+
+def test_a_list_that_waits_for_a_slow_disk_lets_requests_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right after a start the labels of a big folder are still being read; then the list is whole."""
+    tiers, options = [f"disk:{tmp_path}:64MB"], {"block_size": 2}
+    with running_server(tiers=tiers, llm_options=options) as first:
+        complete(first, None, range(1, 9), session="old")
+    may_read, read, was_in_time = Event(), DiskTier.labelled, list[bool]()
+
+    def read_later(tier: DiskTier) -> Iterator[Labelled]:
+        was_in_time.append(may_read.wait(10))
+        return read(tier)
+
+    monkeypatch.setattr(DiskTier, "labelled", read_later)
+    with (
+        running_server(tiers=tiers, llm_options=options) as again,
+        again.client() as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        listed = pool.submit(ask, client, "GET", "/v1/cache/sessions")
+        complete(again, None, range(20, 29))
+        assert not listed.done()
+        may_read.set()
+
+        assert [one["id"] for one in listed.result()["data"]] == ["old"]
+        assert all(was_in_time)

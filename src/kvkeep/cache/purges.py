@@ -94,6 +94,11 @@ class Purges:
             # What they mean in tiers of this machine has gone then; the rest is checked when it comes.
             self.wait_until_restored()
 
+    @property
+    def is_restored(self) -> bool:
+        """Whether the labels of what earlier processes left are known."""
+        return self._restoring is None or self._restoring.is_done
+
     def wait_until_restored(self) -> None:
         """Wait until the labels of what earlier processes left are known."""
         if self._restoring is not None:

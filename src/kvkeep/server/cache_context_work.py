@@ -187,7 +187,7 @@ async def context_fields(service: Service, context: Context) -> dict[str, Any]:
 
 async def contexts_fields(service: Service, contexts: Sequence[Context]) -> list[dict[str, Any]]:
     """The same of several; requests go on between them."""
-    pins = await service.call(lambda llm: inspection_of(llm).pin_names())
+    pins = await service.call(_pin_names)
     return [await _fields(service, one, is_pinned=one.pin in pins) for one in contexts]
 
 
@@ -218,3 +218,8 @@ def receipt_fields(receipt: Receipt) -> dict[str, Any]:
         "tokens_by_source": receipt.tokens_by_source,
         "total_ms": round(receipt.total_s * 1e3, 1),
     }
+
+
+def _pin_names(llm: LLM) -> frozenset[PinId]:
+    llm.engine.cache.administration.purges.wait_until_restored()
+    return inspection_of(llm).pin_names()

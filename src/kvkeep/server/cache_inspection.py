@@ -1,6 +1,6 @@
 """Questions about all that a tenant has, asked in bits between steps: nobody's decoding waits for one."""
 
-from asyncio import Lock
+from asyncio import Lock, sleep
 from collections.abc import Callable
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -17,12 +17,15 @@ __all__ = ["Inspections", "Question", "inspection_of", "query_of"]
 T = TypeVar("T")
 Question = Callable[[LLM], Bits[T]]
 
+# How often it is looked whether all labels are known: to wait for them would hold up the engine.
+_RESTORING_S = 0.02
+
 
 class Inspections:
     """Has questions answered on the engine's thread, of each tenant one at a time.
 
-    Between two steps there is some milliseconds' work on each question, so that an answer may be of slightly
-    different moments.
+    They begin once all is known that tiers have had at the start. Between two steps there is some
+    milliseconds' work on each, so that an answer may be of slightly different moments.
     """
 
     def __init__(self, service: Service) -> None:
@@ -33,6 +36,8 @@ class Inspections:
         """The answer to a question. Raises what it raises."""
         lock = self._locks.setdefault(asker.tenant_id, Lock())
         async with lock:
+            while not await self._service.call(_is_restored):  # noqa: ASYNC110  the engine has no events
+                await sleep(_RESTORING_S)
             work = await self._service.call(lambda llm: Sliced(question(llm)))
             while not await self._service.call(lambda _: work.go_on()):
                 pass
@@ -40,16 +45,15 @@ class Inspections:
 
 
 def inspection_of(llm: LLM) -> Inspection:
-    """What looks at the cache of a model, once all is known that its tiers have had at the start."""
-    administration = llm.engine.cache.administration
-    administration.purges.wait_until_restored()
-    return administration.inspection
+    """What looks at the cache of a model."""
+    return llm.engine.cache.administration.inspection
 
 
 def query_of(llm: LLM, selector: Selector) -> Query:
     """What a selector means now."""
-    cache = llm.engine.cache
-    cache.administration.purges.wait_until_restored()
-    return selector.resolve(
-        lambda salt: llm.engine.namespace(salt).root_key(), cache.lifetimes.clock()
-    )
+    now_s = llm.engine.cache.lifetimes.clock()
+    return selector.resolve(lambda salt: llm.engine.namespace(salt).root_key(), now_s)
+
+
+def _is_restored(llm: LLM) -> bool:
+    return llm.engine.cache.administration.purges.is_restored

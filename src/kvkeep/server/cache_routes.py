@@ -47,13 +47,13 @@ def routes() -> APIRouter:
 
 def _add_questions(router: APIRouter) -> None:
     @router.get("/v1/cache")
-    async def state(service: Serving, scope: AdminScope, kept: Kept) -> dict[str, Any]:
+    async def state(scope: AdminScope, kept: Kept) -> dict[str, Any]:
         """Capacity and content of the device and of every tier, hit rate, pins, policy, fingerprint.
 
         For a tenant that shares with nobody: what it has itself.
         """
         if scope.sees_all:
-            return await service.call(cache_fields)
+            return await kept.inspections.ask(scope.tenant, cache_fields)
         tokens = kept.tenants.tokens_of(scope.tenant)
         question = own_fields(scope.salts(None), tokens, own_pin=scope.own_pin)
         return await kept.inspections.ask(scope.tenant, question)

@@ -78,10 +78,10 @@ def known_of(
     return ask
 
 
-def cache_fields(llm: LLM) -> dict[str, Any]:
-    """The state of the cache: device and tiers, what was reused, pins, and whose content it is."""
+def cache_fields(llm: LLM) -> Bits[dict[str, Any]]:
+    """The question for the state of the cache: device, tiers, what was reused, pins, whose content it is."""
+    pins = yield from inspection_of(llm).pins()
     stats = llm.cache.stats()
-    pins = llm.cache.pins()
     tiers: dict[str, dict[str, Any]] = {
         DEVICE: {
             "capacity_bytes": stats.capacity_bytes,
@@ -126,7 +126,8 @@ def own_fields(
             yield
         names = [DEVICE, *(report.tier.name for report in llm.cache.stats().tiers)]
         tiers = {name: {"used_bytes": num_bytes[name], "entries": entries[name]} for name in names}
-        pins = [one for one in llm.cache.pins() if own_pin(one) is not None]
+        every = yield from inspection_of(llm).pins()
+        pins = [one for one in every if own_pin(one) is not None]
         return _state(llm, tiers, tokens, pins)
 
     return ask
