@@ -106,6 +106,19 @@ def test_decoding_goes_on_between_bits_of_a_question(
     assert all(count <= _MOST_AT_ONCE for count in looked_at)
 
 
+def test_decoding_goes_on_while_a_purge_is_planned(
+    anna: httpx.Client, slices: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run counts in parts what would go, from the device and from below."""
+    monkeypatch.setattr("kvkeep.cache.forgetting._SLICE", _MOST_AT_ONCE)
+
+    receipt = ask(anna, "POST", "/v1/cache/purge", json={"tags": ["long"], "dry_run": True})
+
+    assert receipt["deleted"] == NUM_BLOCKS
+    assert receipt["dry_run"]
+    assert len(slices) > NUM_BLOCKS // _MOST_AT_ONCE
+
+
 def test_a_list_of_one_is_a_report_of_one(anna: httpx.Client, looked_at: list[int]) -> None:
     """The order of last use and that of creation need no more than that."""
     for sort in ("last_used", "created"):

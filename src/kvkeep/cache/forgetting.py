@@ -4,6 +4,7 @@ From the moment that it begins nobody finds what is meant: a tombstone in the re
 it is, no step waits for more than a slice of it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import thread_time
@@ -21,9 +22,10 @@ from kvkeep.cache.lifetimes import (
 )
 from kvkeep.cache.pin_holds import PinHolds
 from kvkeep.cache.places import Places
+from kvkeep.cache.slices import Bits
 from kvkeep.planning import DEVICE
 from kvkeep.spec import BlockKey, StoredKey
-from kvkeep.tiers.base import Presence
+from kvkeep.tiers.base import Presence, Tier
 
 __all__ = ["Forgetting", "Forgotten"]
 
@@ -142,36 +144,31 @@ class Forgetting:
                 walk.forgotten.keys.update(own)
                 self._delete(walk.forgotten, own)
 
-    def planned(self, query: Query) -> PurgeReceipt:
+    def planned(self, query: Query) -> Bits[PurgeReceipt]:
         """What `begin` would forget."""
         matched = match(query, self._register, self._lifetimes.clock())
         keys = list(matched.keys)
         there: set[BlockKey] = set()
-        num_bytes, stored = 0, dict[str, int]()
-        if query.tiers is None or DEVICE in query.tiers:
-            there.update(self._on_device(keys))
-            for ledger in self._places.ledgers:
-                blocks = [one for key in keys if (one := ledger.get(key)) is not None]
-                num_bytes += ledger.num_bytes(blocks, self._places.spec.block_size)
-        for tier in () if self._below is None else self._below.stack.tiers:
-            assert self._below is not None
-            if query.tiers is not None and tier.name not in query.tiers:
-                continue
-            for group in range(len(self._places.ledgers)):
-                found = tier.find([stored_key(key, group) for key in keys])
-                own = [key for key, one in zip(keys, found, strict=True) if one is Presence.PRESENT]
-                there.update(own)
-                num_bytes += len(own) * self._below.object_bytes(group)
-                if own:
-                    stored[tier.name] = stored.get(tier.name, 0) + len(own)
+        num_bytes = num_in_use = 0
+        stored = Counter[str]()
+        for at in range(0, len(keys), _SLICE):
+            some = keys[at : at + _SLICE]
+            num_in_use += self.num_in_use(some)
+            if query.tiers is None or DEVICE in query.tiers:
+                there.update(self._on_device(some))
+                num_bytes += self._device_bytes(some)
+            for tier in () if self._below is None else self._below.stack.tiers:
+                if query.tiers is None or tier.name in query.tiers:
+                    num_bytes += self._count_stored(tier, some, stored, there)
+            yield
         num_deleted = len(keys) if query.tiers is None else len(there)
         return PurgeReceipt(
             matched=num_deleted + matched.num_pinned,
             deleted=num_deleted,
             freed_bytes=num_bytes,
             skipped_pinned=matched.num_pinned,
-            in_use=self.num_in_use(keys),
-            stored=stored,
+            in_use=num_in_use,
+            stored=dict(stored),
             dry_run=True,
         )
 
@@ -278,6 +275,28 @@ class Forgetting:
             if tier.name in places:
                 note = forgotten.note_found
                 self._below.deletions.add_found(forgotten.deletion, stored, at, note)
+
+    def _device_bytes(self, keys: Iterable[BlockKey]) -> int:
+        num_bytes = 0
+        for ledger in self._places.ledgers:
+            blocks = [block for key in keys if (block := ledger.get(key)) is not None]
+            num_bytes += ledger.num_bytes(blocks, self._places.spec.block_size)
+        return num_bytes
+
+    def _count_stored(
+        self, tier: Tier, keys: Sequence[BlockKey], stored: Counter[str], there: set[BlockKey]
+    ) -> int:
+        """Bytes of the objects that a tier has of these, which are counted."""
+        assert self._below is not None
+        num_bytes = 0
+        for group in range(len(self._places.ledgers)):
+            found = tier.find([stored_key(key, group) for key in keys])
+            own = [key for key, one in zip(keys, found, strict=True) if one is Presence.PRESENT]
+            there.update(own)
+            num_bytes += len(own) * self._below.object_bytes(group)
+            if own:
+                stored[tier.name] += len(own)
+        return num_bytes
 
     def _on_device(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
         gets = [ledger.get for ledger in self._places.ledgers]

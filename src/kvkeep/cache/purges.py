@@ -14,6 +14,7 @@ from kvkeep.cache.lifetimes import Claim, PurgeReceipt, Query, SessionId
 from kvkeep.cache.lifetimes.journal import Unfinished
 from kvkeep.cache.restoring import Restoring, open_journal
 from kvkeep.cache.searches import Found, Search
+from kvkeep.cache.slices import Bits, to_end
 from kvkeep.cache.upkeep import Upkeep
 from kvkeep.spec import BlockKey
 
@@ -118,7 +119,11 @@ class Purges:
     def purge(self, query: Query, *, dry_run: bool = False) -> PurgeReceipt:
         """The same to its end; with `dry_run` nothing is done, and what is known here is counted."""
         self.wait_until_restored()
-        return self._forgetting.planned(query) if dry_run else self.begin(query).wait()
+        return to_end(self.planned(query)) if dry_run else self.begin(query).wait()
+
+    def planned(self, query: Query) -> Bits[PurgeReceipt]:
+        """What a purge would forget of what is known here."""
+        return self._forgetting.planned(query)
 
     def outdate(self, claim: Claim) -> None:
         """Forget what depends on other versions of what a new request depends on; failing ends its claim."""

@@ -18,7 +18,7 @@ from kvkeep.server.cache_context_work import (
     written_ttl,
 )
 from kvkeep.server.cache_contexts import session_of_context
-from kvkeep.server.cache_orders import close_session, session_of
+from kvkeep.server.cache_orders import close_session, planned_close, session_of
 from kvkeep.server.cache_schemas import ContextChange, ContextRequest
 from kvkeep.server.cache_scope import AskerScope, check_pins
 from kvkeep.server.cache_state import Kept
@@ -126,11 +126,14 @@ def _add_removal(router: APIRouter) -> None:
         except ApiError:
             # Its blocks are gone, or it was never there; the book may still have its name.
             kept.contexts.get(effective, name)
-        if not dry_run:
-            known = kept.contexts.find(effective, name)
-            if known is not None:
-                await unpin_context(service, kept, known)
-                await kept.forget(known)
-        receipt = await close_session(service, session, effective, dry_run=dry_run)
+        if dry_run:
+            return purge_fields(
+                await planned_close(kept.inspections, scope.tenant, session, effective)
+            )
+        known = kept.contexts.find(effective, name)
+        if known is not None:
+            await unpin_context(service, kept, known)
+            await kept.forget(known)
+        receipt = await close_session(service, session, effective)
         kept.events.purged(receipt, scope.owner)
         return purge_fields(receipt)

@@ -11,7 +11,7 @@ from kvkeep.llm import LLM
 from kvkeep.server.block_content import block_content
 from kvkeep.server.cache_inspection import inspection_of
 from kvkeep.server.cache_listing import block_page, entry_of, group_page
-from kvkeep.server.cache_orders import purge_to_end
+from kvkeep.server.cache_orders import planned_purge, purge
 from kvkeep.server.cache_prompts import encode_given
 from kvkeep.server.cache_schemas import EntryQuery, PinRequest
 from kvkeep.server.cache_scope import AdminScope, AskerScope, Scope
@@ -86,7 +86,10 @@ def _add_entry(router: APIRouter) -> None:
         """Forget one block everywhere."""
         report = await kept.inspections.ask(scope.tenant, entry_of(entry_id, scope))
         chosen = Selector(keys=(report.key,), include_pinned=include_pinned)
-        receipt = await purge_to_end(service, lambda _: chosen, dry_run=dry_run)
+        if dry_run:
+            planned = await planned_purge(kept.inspections, scope.tenant, lambda _: chosen)
+            return purge_fields(planned)
+        receipt = await purge(service, lambda _: chosen)
         kept.events.purged(receipt, scope.owner)
         return purge_fields(receipt)
 

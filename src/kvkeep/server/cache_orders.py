@@ -4,39 +4,53 @@ import asyncio
 from collections.abc import Callable
 
 from kvkeep.cache import Purge, PurgeReceipt, Selector, SessionId, SessionReport
+from kvkeep.cache.slices import Bits
 from kvkeep.errors import RequestError
 from kvkeep.llm import LLM
+from kvkeep.server.auth import Tenant
+from kvkeep.server.cache_inspection import Inspections, query_of
 from kvkeep.server.errors import ApiError
 from kvkeep.server.service import Service
 
-__all__ = ["close_session", "purge_to_end", "session_of"]
+__all__ = ["close_session", "planned_close", "planned_purge", "purge", "session_of"]
 
 # Between two looks whether tiers have deleted what was purged.
 _PAUSE_S = 0.01
 
 
-async def purge_to_end(
-    service: Service, selector_of: Callable[[LLM], Selector], *, dry_run: bool
-) -> PurgeReceipt:
-    """Purge, or only count; requests go on while tiers delete."""
-    if dry_run:
-        return await service.call(lambda llm: llm.cache.purge(selector_of(llm), dry_run=True))
+async def purge(service: Service, selector_of: Callable[[LLM], Selector]) -> PurgeReceipt:
+    """Forget what a selector means; requests go on while tiers delete."""
     return await _to_end(service, lambda llm: llm.cache.begin_purge(selector_of(llm)))
 
 
-async def close_session(
-    service: Service, name: str, salt: str | None, *, dry_run: bool
+async def planned_purge(
+    inspections: Inspections, asker: Tenant, selector_of: Callable[[LLM], Selector]
 ) -> PurgeReceipt:
-    """End a session, or only count what would go with it; nothing does when it is not known."""
-    if dry_run:
-        selector = Selector(sessions=(name,), salts=(salt,))
-        return await service.call(lambda llm: llm.cache.purge(selector, dry_run=True))
+    """What a purge would forget; requests go on while it is counted."""
+
+    def count(llm: LLM) -> Bits[PurgeReceipt]:
+        purges = llm.engine.cache.administration.purges
+        return purges.planned(query_of(llm, selector_of(llm)))
+
+    return await inspections.ask(asker, count)
+
+
+async def close_session(service: Service, name: str, salt: str | None) -> PurgeReceipt:
+    """End a session; nothing goes when it is not known."""
 
     def begin(llm: LLM) -> Purge:
         root = llm.engine.namespace(salt).root_key()
         return llm.engine.cache.administration.purges.close_session(SessionId(root, name))
 
     return await _to_end(service, begin)
+
+
+async def planned_close(
+    inspections: Inspections, asker: Tenant, name: str, salt: str | None
+) -> PurgeReceipt:
+    """What would go with a session."""
+    selector = Selector(sessions=(name,), salts=(salt,))
+    return await planned_purge(inspections, asker, lambda _: selector)
 
 
 def session_of(name: str, salt: str | None) -> Callable[[LLM], SessionReport]:

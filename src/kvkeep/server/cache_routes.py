@@ -16,7 +16,7 @@ from kvkeep.server import (
     cache_session_routes,
 )
 from kvkeep.server.cache_checks import verification
-from kvkeep.server.cache_orders import purge_to_end
+from kvkeep.server.cache_orders import planned_purge, purge
 from kvkeep.server.cache_prompts import GivenPrompt, encode_given
 from kvkeep.server.cache_report import miss_fields
 from kvkeep.server.cache_schemas import LookupRequest, PurgeRequest, VerifyRequest
@@ -98,7 +98,9 @@ def _add_orders(router: APIRouter) -> None:
         chosen = selector_for(asked, scope, prompt)
         if asked.erases_tenant:
             await erase_kept(service, kept, scope.salts(asked.salt))
-        receipt = await purge_to_end(service, chosen, dry_run=asked.dry_run)
+        if asked.dry_run:
+            return purge_fields(await planned_purge(kept.inspections, scope.tenant, chosen))
+        receipt = await purge(service, chosen)
         kept.events.purged(receipt, scope.owner)
         if asked.erases_tenant:
             await erase_sessions(service, scope.salts(asked.salt))
@@ -145,7 +147,7 @@ async def _clear(
     service: Service, scope: Scope, kept: Kept, *, tiers: list[str] | None
 ) -> dict[str, Any]:
     chosen = selector_for(PurgeRequest(all=True, tiers=tiers), scope, None)
-    receipt = await purge_to_end(service, chosen, dry_run=False)
+    receipt = await purge(service, chosen)
     kept.events.purged(receipt, scope.owner)
     return purge_fields(receipt)
 

@@ -17,7 +17,7 @@ from kvkeep.errors import CorruptBlockError, RequestError
 from kvkeep.llm import LLM
 from kvkeep.server.cache_contexts import session_of_context
 from kvkeep.server.cache_inspection import inspection_of
-from kvkeep.server.cache_orders import close_session, session_of
+from kvkeep.server.cache_orders import close_session, planned_close, session_of
 from kvkeep.server.cache_schemas import ForkRequest, SessionChange
 from kvkeep.server.cache_scope import AdminScope, AskerScope
 from kvkeep.server.cache_state import Kept
@@ -111,8 +111,13 @@ def _add_orders(router: APIRouter) -> None:
         dry_run: bool = False,
     ) -> dict[str, Any]:
         """Close a session: blocks that only it uses are forgotten everywhere, shared ones stay."""
-        await service.call(session_of(session_id, scope.salt(salt)))
-        receipt = await close_session(service, session_id, scope.salt(salt), dry_run=dry_run)
+        own = scope.salt(salt)
+        await service.call(session_of(session_id, own))
+        if dry_run:
+            return purge_fields(
+                await planned_close(kept.inspections, scope.tenant, session_id, own)
+            )
+        receipt = await close_session(service, session_id, own)
         kept.events.purged(receipt, scope.owner)
         return purge_fields(receipt)
 

@@ -229,7 +229,7 @@ def _keep(
 async def _close_ended(service: Service, history: ResponseHistory) -> None:
     """Forget what only conversations have cached that nobody can continue; sessions are not to pile up."""
     for kept in history.take_ended():
-        await close_session(service, kept.session, kept.salt, dry_run=False)
+        await close_session(service, kept.session, kept.salt)
 
 
 def _unknown(response_id: str, *, status: int, param: str | None) -> ApiError:
