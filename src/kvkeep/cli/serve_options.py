@@ -18,7 +18,7 @@ __all__ = ["server_flags", "server_options", "server_settings"]
 
 _Command = Callable[..., Any]
 # Files beside the blocks that they belong to.
-_SECRET, _CONTEXTS = ".server-secret", ".contexts"
+_SECRET, _CONTEXTS, _QUOTAS = ".server-secret", ".contexts", ".quotas"
 # By the name of the field they fill.
 _TIMES = {
     "request_timeout_s": "A request ends after it, finished or not.",
@@ -111,6 +111,11 @@ def _keys() -> list[Callable[[_Command], _Command]]:
             type=click.Path(dir_okay=False, path_type=Path),
             help="Keeps the names and tokens of contexts.  [default: beside the disk tier]",
         ),
+        click.option(
+            "--quotas-file",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="Keeps the quotas of tenants.  [default: beside the disk tier]",
+        ),
     ]
 
 
@@ -202,6 +207,7 @@ def server_settings(loaded: LoadedSettings, tiers: Sequence[TierSettings]) -> Se
         given["secret_file"] = _named(beside or Path("~/.cache/kvkeep").expanduser(), _SECRET)
     if beside is not None:
         given.setdefault("contexts_file", _named(beside, _CONTEXTS))
+        given.setdefault("quotas_file", _named(beside, _QUOTAS))
     given["warm"] = tuple(one for table in loaded.warm for one in table.prompts())
     try:
         return ServerSettings(**given)

@@ -50,6 +50,7 @@ class ServerSettings:
         model_names: further names that requests may give the model; "*" accepts every name.
         secret_file: keeps the secret that salts are derived with, made when it is not there; None: a new
             secret in every process, so that blocks of tenants are of no use after a restart.
+        contexts_file, quotas_file: keep contexts and quotas over a restart; None: they end with the process.
     Limits; what is beyond is refused with 413, 400 or 429:
         max_body_bytes: of one request.
         max_prompt_tokens: None: what the model can take.
@@ -76,6 +77,7 @@ class ServerSettings:
     model_names: Sequence[str] = ()
     secret_file: Path | None = None
     contexts_file: Path | None = None
+    quotas_file: Path | None = None
     warm: Sequence[WarmPrompt] = ()
     max_body_bytes: int = 16 * 2**20
     max_prompt_tokens: int | None = None

@@ -7,7 +7,9 @@ from fastapi import APIRouter
 from kvkeep.cache import QuotaReport
 from kvkeep.server.cache_schemas import QuotaRequest
 from kvkeep.server.cache_scope import AdminScope, Scope
+from kvkeep.server.cache_state import Kept
 from kvkeep.server.errors import ApiError
+from kvkeep.server.quota_file import KeptQuota
 from kvkeep.server.service import Service, Serving
 
 __all__ = ["routes"]
@@ -16,7 +18,12 @@ __all__ = ["routes"]
 def routes() -> APIRouter:
     """The router of quotas: by a tenant's id where keys are apart, else by salt."""
     router = APIRouter()
+    _add_questions(router)
+    _add_orders(router)
+    return router
 
+
+def _add_questions(router: APIRouter) -> None:
     @router.get("/v1/cache/quotas")
     async def quotas(service: Serving, scope: AdminScope) -> dict[str, Any]:
         """What tenants may take, and take."""
@@ -32,28 +39,39 @@ def routes() -> APIRouter:
         """What one salt may take, and takes, in a tier or altogether."""
         return await _quota(service, scope, _whose(scope, salt), tier)
 
+
+def _add_orders(router: APIRouter) -> None:
     @router.put("/v1/cache/quotas")
     @router.put("/v1/cache/quotas/{salt:path}")
     async def set_quota(
-        asked: QuotaRequest, service: Serving, scope: AdminScope, salt: str | None = None
+        asked: QuotaRequest,
+        service: Serving,
+        scope: AdminScope,
+        kept: Kept,
+        salt: str | None = None,
     ) -> dict[str, Any]:
         """Bound the bytes of the blocks of one tenant or salt, in a tier or altogether."""
         whose, limit, tier = _whose(scope, salt), asked.limit_bytes, asked.tier
-        await service.call(lambda llm: llm.cache.set_quota(whose, limit, tier=tier))
-        return await _quota(service, scope, whose, tier)
+        report = await service.call(lambda llm: llm.cache.set_quota(whose, limit, tier=tier))
+        assert report is not None, "only a quota without a limit has none"
+        await kept.keep_quota(KeptQuota(whose, tier, report.limit_bytes))
+        return _fields(report, scope)
 
     @router.delete("/v1/cache/quotas")
     @router.delete("/v1/cache/quotas/{salt:path}")
     async def remove_quota(
-        service: Serving, scope: AdminScope, salt: str | None = None, tier: str | None = None
+        service: Serving,
+        scope: AdminScope,
+        kept: Kept,
+        salt: str | None = None,
+        tier: str | None = None,
     ) -> dict[str, Any]:
         """Lift a bound."""
         whose = _whose(scope, salt)
         fields = await _quota(service, scope, whose, tier)
         await service.call(lambda llm: llm.cache.set_quota(whose, None, tier=tier))
+        await kept.lift_quota(whose, tier)
         return {**fields, "deleted": True}
-
-    return router
 
 
 def _whose(scope: Scope, salt: str | None) -> str:

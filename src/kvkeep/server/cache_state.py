@@ -1,21 +1,26 @@
 """What the routes of the cache keep between requests, for as long as the app runs."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from statistics import median
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 
+from kvkeep.errors import KVKeepError
+from kvkeep.llm import LLM
 from kvkeep.server.auth import Gate, Tenant
 from kvkeep.server.cache_contexts import Context, ContextBook
 from kvkeep.server.cache_erasures import Erasures, Watch
 from kvkeep.server.cache_inspection import Inspections
 from kvkeep.server.context_file import ContextFile
 from kvkeep.server.events import EventFeed
+from kvkeep.server.quota_file import KeptQuota, QuotaFile
 from kvkeep.server.responses_history import ResponseHistory
 from kvkeep.server.service import Finished, Service
 from kvkeep.server.tenants import Tenants
@@ -23,6 +28,9 @@ from kvkeep.spec import BlockKey
 
 __all__ = ["CacheState", "FirstTokenTimes", "Kept", "keeping"]
 
+T = TypeVar("T")
+
+_log = logging.getLogger("kvkeep.server")
 _MOST_SAMPLES = 64
 # Of fewer tokens the time to the first one says more about the queue than about computing.
 _LEAST_TOKENS = 16
@@ -65,6 +73,8 @@ class CacheState:
         self._service = service
         path = service.settings.contexts_file
         self._file = None if path is None else ContextFile(path)
+        quotas_path = service.settings.quotas_file
+        self._quotas = None if quotas_path is None else QuotaFile(quotas_path)
         # One thread, so that changes are written in their order.
         self._writer = ThreadPoolExecutor(1, "kvkeep-contexts")
         self._contexts: ContextBook | None = None
@@ -106,13 +116,33 @@ class CacheState:
             await self._write(self._file.remove, context)
 
     async def tidy(self) -> None:
-        """Take what was forgotten out of the file as well."""
+        """Take contexts that were forgotten out of their file as well."""
         if self._file is not None:
-            await asyncio.get_running_loop().run_in_executor(self._writer, self._file.tidy)
+            await self._in_writer(self._file.tidy)
+
+    async def keep_quota(self, quota: KeptQuota) -> None:
+        """Write down a quota that was set."""
+        if self._quotas is not None:
+            await self._in_writer(self._quotas.put, quota)
+
+    async def lift_quota(self, salt: str, tier: str | None) -> None:
+        """Write down that there is no such quota any more."""
+        if self._quotas is not None:
+            await self._in_writer(self._quotas.remove, salt, tier)
+
+    async def restore_quotas(self) -> None:
+        """Set the quotas of an earlier run; one on a tier that is gone is kept for when it comes back."""
+        for one in [] if self._quotas is None else await self._in_writer(self._quotas.load):
+            try:
+                await self._service.call(partial(_set_quota, quota=one))
+            except KVKeepError as error:
+                _log.warning("a quota of %d bytes is not in force: %s", one.limit_bytes, error)
 
     async def close(self) -> None:
-        """Come to an end with the file."""
+        """Come to an end with the files."""
         await self.tidy()
+        if self._quotas is not None:
+            await self._in_writer(self._quotas.tidy)
         self._writer.shutdown(wait=False)
 
     def _root_of(self, salt: str) -> BlockKey:
@@ -123,8 +153,14 @@ class CacheState:
         return self._service.llm.installed.namespace.model
 
     async def _write(self, change: Callable[[str, Context], None], context: Context) -> None:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._writer, change, self._model, context)
+        await self._in_writer(change, self._model, context)
+
+    async def _in_writer(self, work: Callable[..., T], *given: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._writer, work, *given)
+
+
+def _set_quota(llm: LLM, quota: KeptQuota) -> None:
+    llm.cache.set_quota(quota.salt, quota.limit_bytes, tier=quota.tier)
 
 
 @asynccontextmanager

@@ -11,19 +11,20 @@ class StatusLine:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._last: tuple[int, int] | None = None
+        self._last: tuple[int, ...] | None = None
 
     async def next(self) -> str:
         """The line, or nothing when nothing has happened since the last one."""
         engine = self._service.engine
-        num_open, num_running = engine.num_open, engine.num_running
+        num_open, num_running, num_waiting = engine.num_open, engine.num_running, engine.num_waiting
         stats = await self._service.call(lambda llm: llm.cache.stats())
-        counted = (stats.reused_tokens, stats.computed_tokens)
+        # The last line must not say that there is something running for ever.
+        counted = (num_running, num_waiting, stats.reused_tokens, stats.computed_tokens)
         if not num_open and counted == self._last:
             return ""
         self._last = counted
         return (
-            f"running {num_running} · waiting {engine.num_waiting} · "
+            f"running {num_running} · waiting {num_waiting} · "
             f"KV {_percent(stats.in_use_bytes, stats.capacity_bytes)} in use, "
             f"{_percent(stats.reusable_bytes, stats.capacity_bytes)} reusable · {_hits(stats)}"
         )

@@ -50,6 +50,7 @@ async def _warm_when_loaded(service: Service, kept: CacheState, tenants: Sequenc
         await service.loaded()
     except Exception:  # noqa: BLE001  the service has logged it
         return
+    await kept.restore_quotas()
     try:
         await service.call(lambda llm: _outlast_sessions(llm, list(kept.contexts.all(()))))
         await _warm_all(service, kept, tenants)
