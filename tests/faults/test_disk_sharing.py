@@ -230,6 +230,7 @@ def test_a_smaller_capacity_holds(tmp_path: Path) -> None:
             # The ledger hears of what was removed once all of it is.
             wait_until(lambda: small._shelf.ledger.total_bytes == 5 * TAKEN_BYTES)
             wait_until(lambda: large.used_bytes == 5 * TAKEN_BYTES)
+            assert files_bytes(small) == small._shelf.ledger.total_bytes == 5 * TAKEN_BYTES
 
 
 def _start(folder: Path) -> subprocess.Popen[str]:

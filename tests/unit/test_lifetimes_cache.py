@@ -189,18 +189,23 @@ def test_a_purge_of_pinned_blocks_gives_their_places_back(clock: Clock) -> None:
     checked.assert_idle()
 
 
+def serve_over_a_pin(checked: LifetimeCache, *, num_tokens: int) -> None:
+    """Pin PROMPT, and serve a request that has no room beside it."""
+    checked.serve(PROMPT, CacheOptions())
+    checked.admin.pin(PinId("p"), checked.chain(PROMPT))
+    lease = checked.begin([7] * num_tokens)
+    assert not checked.step(lease)
+    assert checked.cache.extend_over_pins(lease, lease.gaps)
+    assert checked.finish(lease)
+    lease.release()
+
+
 def test_pins_never_keep_a_request_from_running(clock: Clock) -> None:
     """One that needs the whole device gets it, and no pinned block is left."""
     checked = LifetimeCache(clock, room=10, pin_share=0.3)
-    checked.serve(PROMPT, CacheOptions())
-    checked.admin.pin(PinId("p"), checked.chain(PROMPT))
-    lease = checked.begin([7] * 40)
-    assert not checked.step(lease)
 
-    assert checked.cache.extend_over_pins(lease, lease.gaps)
+    serve_over_a_pin(checked, num_tokens=40)
 
-    assert checked.finish(lease)
-    lease.release()
     assert checked.admin.pins()[0].num_blocks == 0
     checked.assert_idle()
 
@@ -208,15 +213,9 @@ def test_pins_never_keep_a_request_from_running(clock: Clock) -> None:
 def test_a_request_takes_as_many_pinned_places_as_it_lacks(clock: Clock) -> None:
     """The end of what was pinned goes; the rest is held on, however many requests come afterwards."""
     checked = LifetimeCache(clock, room=10, pin_share=0.3)
-    checked.serve(PROMPT, CacheOptions())
-    checked.admin.pin(PinId("p"), checked.chain(PROMPT))
-    lease = checked.begin([7] * 32)
-    assert not checked.step(lease)
 
-    assert checked.cache.extend_over_pins(lease, lease.gaps)
+    serve_over_a_pin(checked, num_tokens=32)
 
-    assert checked.finish(lease)
-    lease.release()
     for number in range(10, 20):
         checked.serve([number] * 24, CacheOptions())
     (pin,) = checked.admin.pins()

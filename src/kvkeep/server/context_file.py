@@ -27,20 +27,18 @@ class _Line(KeptLine, frozen=True, omit_defaults=True, kw_only=True):
     warmed_at: float = 0.0
     owner: str | None = None
 
-    @property
-    def place(self) -> tuple[str, str | None, str]:
-        return self.model, self.salt, self.name
-
-    @property
-    def is_whole(self) -> bool:
-        return len(self.tokens) % _TOKEN_BYTES == 0
+    def __post_init__(self) -> None:
+        if len(self.tokens) % _TOKEN_BYTES:
+            raise ValueError("tokens end within one")  # a line of which this is said was cut off
 
 
 class ContextFile:
     """The file at `path`, for one thread at a time; contexts of all models that are served over a folder."""
 
     def __init__(self, path: Path) -> None:
-        self._lines = KeptLines(path, _Line, "names of contexts")
+        self._lines = KeptLines(
+            path, _Line, lambda line: (line.model, line.salt, line.name), "names of contexts"
+        )
 
     def load(self, model: str) -> list[Context]:
         """The contexts of a model that are in the file."""

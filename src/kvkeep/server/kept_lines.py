@@ -4,7 +4,7 @@ Lines are only appended, and the file is written anew, as a whole, where half of
 """
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -28,32 +28,26 @@ class _AnyLine(msgspec.Struct, frozen=True):
 
 
 class KeptLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """A change: what holds at its `place` from now on, or that nothing does. `v` is VERSION."""
+    """A change: what holds from now on of what the line is about, or that nothing does. `v` is VERSION."""
 
     v: int
     gone: bool = False
-
-    @property
-    def place(self) -> Hashable:
-        """What the line is about."""
-        raise NotImplementedError
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it can be read."""
-        return True
 
 
 class KeptLines(Generic[Line]):
     """The file at `path`, for one thread at a time; `what` is in it, in the words of a warning.
 
+    `place_of` says what a line is about.
     A file that cannot be read or written costs what is in it, no request: there is one warning. Only its
     owner may read it, and what was removed is out of it at the latest after `tidy`.
     """
 
-    def __init__(self, path: Path, line_type: type[Line], what: str) -> None:
+    def __init__(
+        self, path: Path, line_type: type[Line], place_of: Callable[[Line], Hashable], what: str
+    ) -> None:
         self._path = path
         self._line_type = line_type
+        self._place_of = place_of
         self._what = what
         self._num_lines = self._num_known = 0
         self._is_newer = self._has_warned = False
@@ -99,11 +93,10 @@ class KeptLines(Generic[Line]):
                 line = msgspec.json.decode(text, type=self._line_type)
             except msgspec.DecodeError:
                 continue  # cut off by a crash: its change was not answered yet
-            if not line.is_whole:
-                continue
-            known.pop(line.place, None)
+            place = self._place_of(line)
+            known.pop(place, None)
             if not line.gone:
-                known[line.place] = line
+                known[place] = line
         self._num_lines, self._num_known = len(texts), len(known)
         return list(known.values())
 

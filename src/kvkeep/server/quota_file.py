@@ -22,16 +22,12 @@ class _Line(KeptLine, frozen=True, omit_defaults=True, kw_only=True):
     tier: str | None = None
     limit_bytes: int = 0
 
-    @property
-    def place(self) -> tuple[str, str | None]:
-        return self.salt, self.tier
-
 
 class QuotaFile:
     """The file at `path`, for one thread at a time; it holds for whatever model is served."""
 
     def __init__(self, path: Path) -> None:
-        self._lines = KeptLines(path, _Line, "quotas")
+        self._lines = KeptLines(path, _Line, lambda line: (line.salt, line.tier), "quotas")
 
     def load(self) -> list[KeptQuota]:
         """The quotas that are in the file."""
