@@ -11,6 +11,8 @@ import pytest
 from kvkeep.testing.tier_contents import content_of, key_of, read_object, store_object
 from kvkeep.tiers.base import Miss, MissCause, Presence, PutOutcome, Tier
 from kvkeep.tiers.breaker import BreakerState
+from kvkeep.tiers.deadlines import CallError
+from kvkeep.tiers.object_store import BucketAddress, open_bucket
 from kvkeep.tiers.objects import ObjectTier
 from tests.proxies import StoreProxy, store_proxy
 from tests.remote_tiers import assert_late_then_left_alone, cause_of
@@ -107,6 +109,25 @@ def test_a_store_that_hangs_is_late_then_left_alone_then_used_again(
 
     levels = [record.levelno for record in caplog.records if "breaker" in record.name]
     assert levels == [logging.WARNING, logging.INFO]
+
+
+def test_what_the_client_itself_gives_up_is_late_too(server: RcloneServer) -> None:
+    """At the deadline either it or the tier is first to say so."""
+    address = BucketAddress(
+        url="s3://bucket/cache",
+        endpoint=server.endpoint,
+        access_key=S3_ACCESS_KEY,
+        secret_key=S3_SECRET_KEY,
+    )
+    bucket = open_bucket(address, 0.5)
+    server.freeze()
+    try:
+        with pytest.raises(CallError) as caught:
+            bucket.size_of(key_of(1))
+    finally:
+        server.thaw()
+
+    assert caught.value.cause is MissCause.LATE
 
 
 def test_throttling_is_waited_for(proxy: StoreProxy) -> None:

@@ -390,4 +390,7 @@ def test_lifetimes_are_those_of_the_model(groups: tuple[GroupSpec, ...], has_mem
         "has_windows": any(group.window is not None for group in groups),
     }
     machine = type("Machine", (LifetimeMachine,), fields)
-    run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=30))
+    num_examples = max(25, settings().max_examples // 10)
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=num_examples, stateful_step_count=30)
+    )

@@ -211,7 +211,7 @@ def test_lifetimes_over_a_server_are_those_of_the_model(
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=15,
+            max_examples=max(15, settings().max_examples // 20),
             stateful_step_count=30,
             suppress_health_check=[HealthCheck.too_slow],
         ),

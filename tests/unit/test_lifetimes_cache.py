@@ -134,6 +134,39 @@ def test_a_purge_by_tag_removes_exactly_the_blocks_with_it(clock: Clock) -> None
     checked.assert_idle()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"tags": ("t", "u")}, {"sessions": ("a", "b")}],
+    ids=["tags", "sessions"],
+)
+def test_a_block_that_is_meant_twice_goes_once(
+    clock: Clock, fields: dict[str, tuple[str, ...]]
+) -> None:
+    """It bears both of the names."""
+    checked = LifetimeCache(clock)
+    for session in ("a", "b"):
+        checked.serve(PROMPT, CacheOptions(tags=["t", "u"], session=session))
+
+    receipt = checked.admin.purges.purge(checked.query(**fields))
+
+    assert (receipt.matched, receipt.deleted) == (3, 3)
+    assert not any(checked.known(PROMPT))
+    checked.assert_idle()
+
+
+def test_a_block_with_two_old_versions_goes_once(clock: Clock) -> None:
+    """A request outdates both of them."""
+    checked = LifetimeCache(clock)
+    checked.serve(PROMPT, CacheOptions(tags=["f@1", "g@1"]))
+
+    checked.serve([1], CacheOptions(tags=["f@2", "g@2"]))
+    checked.cache.poll()
+
+    assert not any(checked.known(PROMPT))
+    assert checked.ledgers[0].num_sealed == 0
+    checked.assert_idle()
+
+
 def test_a_new_version_of_a_file_purges_what_depended_on_the_old_one(clock: Clock) -> None:
     """Before its own request begins, and in its tenant only."""
     checked = LifetimeCache(clock)

@@ -299,6 +299,24 @@ def test_what_was_purged_is_not_used_where_a_tier_still_has_it(
     assert lifetimes.arrive(chain(1, 3).keys[0], root(), stored(is_shared=True)).is_alive
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+def test_what_comes_with_the_newest_version_was_not_purged(
+    lifetimes: Lifetimes, clock: Clock, is_over: bool
+) -> None:
+    """However old the block is itself; with an older version it was."""
+    for at, tag in enumerate(["f@1", "f@2"]):
+        query = Query(versions=frozenset({tag}), namespaces=frozenset({root()}))
+        number = lifetimes.purged.begin(query, clock.now_s + at)
+        if is_over:
+            lifetimes.purged.end(number)
+    old, new = (
+        stored(created_at=900.0, tags=frozenset({tag}), is_shared=True) for tag in ("f@1", "f@2")
+    )
+
+    assert lifetimes.arrive(chain(1, 1).keys[0], root(), new).is_alive
+    assert not lifetimes.arrive(chain(1, 2).keys[0], root(), old).is_alive
+
+
 def test_labels_from_a_tier_are_merged_with_those_that_are_known(lifetimes: Lifetimes) -> None:
     """What is known to live on is used although the tier has an older end."""
     tokens = chain(1)

@@ -270,3 +270,25 @@ def test_what_a_store_has_under_other_labels_goes_from_there(
     assert sum(receipt.stored.values()) == 3 * (not is_pinned)
     assert machines.num_objects() == 3 * is_pinned
     assert second.known(prompt(1)) == [True] * 3
+
+
+def test_what_a_store_has_of_old_goes_though_its_labels_are_known_here(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Computed here meanwhile, the block stays; what another machine made of it before does not."""
+    monkeypatch.setattr("kvkeep.cache.searches._PATIENCE_S", 1000.0)
+    first, second = machines.start(), machines.start()
+    first.serve(prompt(1), CacheOptions(tags=["f@3"]))
+    first.cache.offload()
+    machines.clock.now_s += 1
+    second.serve([9], CacheOptions(tags=["f@4"]))
+    second.serve(prompt(1), CacheOptions(read=False))
+    quiet(second)
+    labels = second.lifetimes.register.get(second.chain(prompt(1)).keys[0])
+    assert labels is not None
+    assert labels.tags == {"f@3"}, "it has not heard of the store's labels"
+
+    second.admin.purges.purge(second.query(tags=("nobody's",)))
+
+    assert machines.num_objects() == 0
+    assert second.known(prompt(1)) == [True] * 3

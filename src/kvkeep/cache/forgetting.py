@@ -223,7 +223,8 @@ class Forgetting:
         spares: Callable[[Labels], bool] | None,
     ) -> Iterator[list[BlockKey]]:
         """What is meant, in slices that are still meant when they come; looking counts as well."""
-        found: list[BlockKey] = []
+        # Candidates may come twice, under two of the names that are asked for.
+        found: dict[BlockKey, None] = {}
         num_looked = 0
         for labels, keys in candidates:
             num_looked += 1
@@ -234,11 +235,11 @@ class Forgetting:
                     if tombstone.fits_key is None or tombstone.fits_key(key):
                         forgotten.pinned.add(key)
                 elif self._register.is_under(tombstone, key):
-                    found.append(key)
+                    found[key] = None
                 if num_looked >= _SLICE:
-                    yield found
-                    found, num_looked = [], 0
-        yield found
+                    yield list(found)
+                    found, num_looked = {}, 0
+        yield list(found)
 
     def _go_on(self, walk: _Walk) -> None:
         found = next(walk.slices, None)

@@ -16,7 +16,7 @@ from kvkeep.cache.restoring import Restoring, open_journal
 from kvkeep.cache.searches import Found, Search
 from kvkeep.cache.slices import Bits, to_end
 from kvkeep.cache.upkeep import Upkeep
-from kvkeep.spec import BlockKey
+from kvkeep.spec import BlockKey, StoredKey
 
 __all__ = ["Purge", "Purges", "Reach"]
 
@@ -192,7 +192,7 @@ class Purges:
             return
         now_s = self._lifetimes.clock()
         self._lifetimes.void(query)
-        bounded = self._lifetimes.purged.begin(query, now_s)
+        number = self._lifetimes.purged.begin(query, now_s)
         forgotten = self._forgetting.begin(query, "invalidated")
         own = set(self._tier_names()) - other.tiers if other.tiers else ()
         if own:
@@ -200,10 +200,10 @@ class Purges:
             assert self._journal is not None
             purge_id = self._journal.begin(query, now_s, tiers=own, origin=other)
             self._note(forgotten.deletion, purge_id)
-            forgotten.deletion.when_done(partial(self._lifetimes.purged.end, bounded))
+            forgotten.deletion.when_done(partial(self._lifetimes.purged.end, number))
             self._search(self._below, forgotten, query, own, is_urgent=False)
         else:
-            self._lifetimes.purged.end(bounded)
+            self._lifetimes.purged.end(number)
 
     def _begin(
         self, query: Query, elsewhere: Query, reach: Reach, unfinished: Unfinished | None = None
@@ -228,8 +228,8 @@ class Purges:
                 is_all = unfinished is None or unfinished.is_within(self._tier_names())
                 self._note(deletion, purge_id, ends=is_all)
             if query.tiers is None and query.used_before is None:
-                bounded = self._lifetimes.purged.begin(elsewhere, now_s)
-                deletion.when_done(partial(self._lifetimes.purged.end, bounded))
+                number = self._lifetimes.purged.begin(elsewhere, now_s)
+                deletion.when_done(partial(self._lifetimes.purged.end, number))
             if reach is not Reach.KNOWN:
                 is_urgent = reach is Reach.NOW
                 self._search(self._below, forgotten, elsewhere, names, is_urgent=is_urgent)
@@ -262,20 +262,21 @@ class Purges:
         """Look in tiers of these names for what is not known here, and forget it as part of a purge."""
         tiers = below.stack.tiers
 
-        def end(missed: Sequence[int]) -> None:
+        def end(search: Search, missed: Sequence[int]) -> None:
             for at in missed:
                 deletion.leave(tiers[at].name)
-                look_again(at)
+                look_again(search, at)
             deletion.end_job()
 
-        def look_again(at: int) -> None:
-            searches.add_left(replace(search, among=(at,), on_done=partial(end_left, at)))
+        def look_again(search: Search, at: int) -> None:
+            searches.add_left(replace(search, among=(at,), on_done=end_left))
 
-        def end_left(at: int, missed: Sequence[int]) -> None:
-            if missed:
-                look_again(at)
-            else:
-                deletion.end_left(tiers[at].name)
+        def end_left(search: Search, missed: Sequence[int]) -> None:
+            for at in search.among:
+                if at in missed:
+                    look_again(search, at)
+                else:
+                    deletion.end_left(tiers[at].name)
 
         deletion, searches = forgotten.deletion, below.deletions.searches
         deletion.begin_job()
@@ -296,7 +297,7 @@ class Purges:
         unknown = [one for one in rest if stored_to_key[one] not in register]
         below.deletions.add_found(forgotten.deletion, unknown, found.at, forgotten.note_found)
         # What lives here under labels that are not meant stays here.
-        others = [one for one in rest if self._lives(query, stored_to_key[one])]
+        others = [one for one in rest if self._is_meant_there(below, query, found, one)]
         below.deletions.add_found(forgotten.deletion, others, found.at, below.copies.unremember)
         forgotten.pinned.update(one for one in found.pinned if one not in register)
 
@@ -306,10 +307,19 @@ class Purges:
         labels = None if query.tiers is None else self._lifetimes.register.get(key)
         return labels is not None and query.means(key, labels)
 
-    def _lives(self, query: Query, key: BlockKey) -> bool:
-        """Whether a block is known here, and not kept by a pin that the query spares."""
+    def _is_meant_there(
+        self, below: Hierarchy, query: Query, found: Found, stored: StoredKey
+    ) -> bool:
+        """Whether a tier is to lose its part of a block that lives here.
+
+        Not where its labels there merely lack what is yet to be written: that others use it by now.
+        """
+        key = BlockKey(stored[:-1])
         labels = self._lifetimes.register.get(key)
-        return labels is not None and (query.include_pinned or not labels.pins)
+        if labels is None or (labels.pins and not query.include_pinned):
+            return False
+        is_told = below.relabels.knows(key, found.meant[stored], found.at)
+        return not is_told or query.fits(labels)
 
     def _sweep(self) -> list[Purge]:
         now_s, register = self._lifetimes.clock(), self._lifetimes.register

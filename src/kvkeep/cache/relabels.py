@@ -94,6 +94,11 @@ class Relabels:
         """Blocks whose labels are to be written, at once or some time."""
         return len(self._urgent) + len(self._lazy)
 
+    def knows(self, key: BlockKey, labels: bytes, at: int) -> bool:
+        """Whether a tier, which a while ago had the block with these labels, has none that others wrote."""
+        written = self._written[at].get(key, b"")
+        return bool(written) and written in (labels, self.labels_of(key))
+
     def note(self, key: BlockKey, labels: bytes, at: int) -> None:
         """A tier has the block with these labels; b"" where it has others, or none."""
         self._written[at][key] = labels

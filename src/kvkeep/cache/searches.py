@@ -5,7 +5,7 @@ no hurry waits for others.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from logging import getLogger
@@ -35,15 +35,19 @@ _RETRY_S = 10.0
 class Search:
     """A purge's part: what fits, was created by `until` and lies in the tiers `among`.
 
-    `on_found` and `on_done`, with the tiers that did not show all that they have, are called on the owner's
-    thread.
+    `on_found` and `on_done`, with the search as it is by then and the tiers that did not show all that they
+    have, are called on the owner's thread.
     """
 
     query: Query
     until: float
     among: Collection[int]
     on_found: Callable[["Found"], None]
-    on_done: Callable[[Sequence[int]], None]
+    on_done: Callable[["Search", Sequence[int]], None]
+
+    def renewed(self, later: Query) -> "Search":
+        """The same once `later` has begun."""
+        return replace(self, query=self.query.renewed(later))
 
     def judge(self, encoded: bytes) -> "_Verdict":
         """What becomes of objects with these labels."""
@@ -65,10 +69,10 @@ class _Verdict:
 
 @dataclass(slots=True)
 class Found:
-    """Objects of one tier: those that are meant, and blocks that would be were they not pinned."""
+    """Objects of one tier: those that are meant, with their labels, and blocks that are but for a pin."""
 
     at: int
-    meant: list[StoredKey] = field(default_factory=list)
+    meant: dict[StoredKey, bytes] = field(default_factory=dict)
     pinned: list[BlockKey] = field(default_factory=list)
 
 
@@ -81,6 +85,8 @@ class Searches:
         self._results = results
         self._lane = Lane("search", num_threads=1, max_jobs=1)
         self._waiting: list[Search] = []
+        # Of the pass that goes on.
+        self._passing: list[Search] = []
         # Of tiers that did not answer.
         self._left: list[Search] = []
         self._begins_at = self._rests_until = self._retry_at = 0.0
@@ -89,6 +95,9 @@ class Searches:
 
     def add(self, search: Search, *, is_urgent: bool) -> None:
         """Look as soon as the pass that goes on is over, or when it suits."""
+        if search.query.versions:
+            for pending in (self._waiting, self._passing, self._left):
+                pending[:] = [one.renewed(search.query) for one in pending]
         wanted_at = 0.0 if is_urgent else max(monotonic() + _PATIENCE_S, self._rests_until)
         self._begins_at = min(wanted_at, self._begins_at) if self._waiting else wanted_at
         self._waiting.append(search)
@@ -106,9 +115,9 @@ class Searches:
             self._left, self._begins_at = [], 0.0
         is_due = monotonic() >= self._begins_at or len(self._waiting) >= _MOST_WAITING
         if self._waiting and is_due and not self.num_under_way:
-            searches, self._waiting = self._waiting, []
+            self._passing, self._waiting = self._waiting, []
             self.num_under_way = 1
-            if not self._lane.submit(partial(self._work, searches)):
+            if not self._lane.submit(partial(self._work, tuple(self._passing))):
                 # Closed: the journal has what was not looked for.
                 self.num_under_way = 0
 
@@ -132,14 +141,15 @@ class Searches:
                 missed.add(at)
             if tier.num_unreached != num_before:
                 missed.add(at)
-        self._results.add(partial(self._finish, searches, missed, perf_counter() - start))
+        self._results.add(partial(self._finish, missed, perf_counter() - start))
 
-    def _finish(self, searches: Sequence[Search], missed: set[int], took_s: float) -> None:
+    def _finish(self, missed: set[int], took_s: float) -> None:
         """On the owner's thread."""
         self.num_under_way = 0
         self._rests_until = monotonic() + _REST_PER_PASS * took_s
+        searches, self._passing = self._passing, []
         for one in searches:
-            one.on_done(sorted(missed.intersection(one.among)))
+            one.on_done(one, sorted(missed.intersection(one.among)))
         self.poll()
 
     def _look_through(self, at: int, sought: Sequence[Search]) -> None:
@@ -176,7 +186,7 @@ def _found(
             if query.keys is not None and key not in query.keys:
                 continue
             if verdict.is_meant:
-                found.meant.append(one.key)
+                found.meant[one.key] = one.labels
             else:
                 found.pinned.append(key)
     return found

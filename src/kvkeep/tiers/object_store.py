@@ -230,7 +230,8 @@ def _fault(error: Exception) -> CallError:
         )
     if status is not None and status[1] == "404":
         return SettingError(f"there is no such bucket ({reason}); create it")
-    is_late = "timed out" in text or "operation timeout" in text
+    # What the client itself has given up it says in the details alone.
+    is_late = "timed out" in text or "operation timeout" in text or "kind: Timeout" in str(error)
     return CallError(MissCause.LATE if is_late else MissCause.UNAVAILABLE, reason)
 
 

@@ -4,8 +4,9 @@ One line of JSON for each purge that begins, `{"v": 2, "id": ..., "at": ..., "qu
 with the tiers that it looks through, and one for each that is finished, `{"v": 2, "id": ..., "done": true}`.
 Between them may be `{"v": 2, "id": ..., "left": {"tier": [...]}}`, objects of which a tier that did not
 answer has yet to hear: what it says of them itself may be old. A purge that is repeated does no harm: it
-means nothing that was created after it began. Several processes may write to one journal, and each reads what
-the others begin; one with tiers that another's purge does not reach goes on with it there (`"of": ...`).
+means nothing that was created after it began, and of versions not the one that a later line brings, which
+older blocks may bear since. Several processes may write to one journal, and each reads what the others begin;
+one with tiers that another's purge does not reach goes on with it there (`"of": ...`).
 
 A line survives this process when `begin` returns, and a failure of power once `sync` was called, which waits
 for the medium and comes before anything is deleted.
@@ -23,7 +24,7 @@ import msgspec
 
 from kvkeep.cache.lifetimes.appended_line import FollowedFile, append_line, replace_content
 from kvkeep.cache.lifetimes.selector import Query
-from kvkeep.spec import StoredKey
+from kvkeep.spec import BlockKey, StoredKey
 
 __all__ = ["PurgeJournal", "Unfinished"]
 
@@ -126,7 +127,7 @@ class PurgeJournal:
 
     def unfinished(self) -> list[Unfinished]:
         """What was begun and not finished, the oldest first; to be called before anything is served."""
-        lines = list(_lines(self._read_on()))
+        lines = _renewed(_lines(self._read_on()))
         for one in lines:
             self._hear(one.of or one.id)
         return list(_unfinished(lines).values())
@@ -134,7 +135,7 @@ class PurgeJournal:
     def begun_by_others(self) -> list[Unfinished]:
         """What other processes have begun since the last call, or since `unfinished`; cheap when nothing."""
         others = []
-        for one in _lines(self._read_on()):
+        for one in _renewed(_lines(self._read_on())):
             if one.query is not None and (one.of or one.id) not in self._heard:
                 self._hear(one.of or one.id)
                 others.append(_begun(one))
@@ -182,6 +183,21 @@ def _lines(content: bytes) -> Iterator[_Line]:
             yield one
 
 
+def _renewed(lines: Iterable[_Line]) -> list[_Line]:
+    """The same lines; of names whose versions several purges bring, only those of the last one hold."""
+    renewed: list[_Line] = []
+    newest: dict[frozenset[BlockKey] | None, Query] = {}
+    for line in reversed(list(lines)):
+        query = line.query
+        if query is not None and query.versions:
+            later = newest.get(query.namespaces, query)
+            query = query.renewed(later)
+            newest[query.namespaces] = replace(later, versions=later.versions | query.versions)
+            line = msgspec.structs.replace(line, query=query)  # noqa: PLW2901
+        renewed.append(line)
+    return renewed[::-1]
+
+
 def _begun(line: _Line) -> Unfinished:
     assert line.query is not None
     before = line.query.created_before
@@ -206,6 +222,6 @@ def _unfinished(lines: Iterable[_Line]) -> dict[str, Unfinished]:
 
 def _shortened(content: bytes) -> bytes:
     """The lines of purges that are not finished."""
-    lines = list(_lines(content))
+    lines = _renewed(_lines(content))
     begun = _unfinished(lines)
     return b"".join(msgspec.json.encode(one) + b"\n" for one in lines if one.id in begun)

@@ -1,7 +1,7 @@
 """Which blocks are meant: by tag, session, tenant, key, age or use."""
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from math import inf
@@ -9,7 +9,7 @@ from math import inf
 from kvkeep.cache.lifetimes.labels import Labels
 from kvkeep.cache.lifetimes.register import Register
 from kvkeep.cache.lifetimes.tombstones import Tombstone
-from kvkeep.cache.lifetimes.versions import outdated_tags
+from kvkeep.cache.lifetimes.versions import outdated_tags, renewed_versions
 from kvkeep.errors import ConfigError
 from kvkeep.spec import BlockKey
 
@@ -97,6 +97,12 @@ class Query:
             namespaces=self.namespaces, include_pinned=self.include_pinned, tiers=self.tiers
         )
         return self == whole
+
+    def renewed(self, later: "Query") -> "Query":
+        """The same once `later` has begun: of names whose versions both bring only those of `later` hold."""
+        if not self.versions or not later.versions or self.namespaces != later.namespaces:
+            return self
+        return replace(self, versions=renewed_versions(self.versions, later.versions))
 
     def fits(self, labels: Labels) -> bool:
         """Whether blocks of these labels are meant, as far as labels tell; pinned ones are."""

@@ -6,7 +6,13 @@ from collections.abc import Iterable
 from kvkeep.cache.lifetimes.labels import ANY_TAG
 from kvkeep.spec import BlockKey
 
-__all__ = ["NewestVersions", "outdated_tags", "versioned_name", "versioned_names"]
+__all__ = [
+    "NewestVersions",
+    "outdated_tags",
+    "renewed_versions",
+    "versioned_name",
+    "versioned_names",
+]
 
 # Names whose newest version is remembered; one that is forgotten is looked for in tiers once more.
 _MOST_NAMES = 2**14
@@ -38,6 +44,18 @@ def outdated_tags(claimed: Iterable[str], known: Iterable[str]) -> frozenset[str
         for tag in known
         if tag == ANY_TAG or (tag not in claimed and versioned_name(tag) in names)
     )
+
+
+def renewed_versions(versions: frozenset[str], later: frozenset[str]) -> frozenset[str]:
+    """The same tags, with the versions that came later of the names that both have.
+
+    >>> sorted(renewed_versions(frozenset({"f@1", "g@1"}), frozenset({"f@2", "h@1"})))
+    ['f@2', 'g@1']
+    """
+    names = versioned_names(versions)
+    new = frozenset(one for one in later if versioned_name(one) in names)
+    renewed = versioned_names(new)
+    return new | frozenset(one for one in versions if versioned_name(one) not in renewed)
 
 
 class NewestVersions:
