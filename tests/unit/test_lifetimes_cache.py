@@ -181,6 +181,24 @@ def test_a_new_version_of_a_file_purges_what_depended_on_the_old_one(clock: Cloc
     assert all(checked.known(OTHER))
 
 
+def test_an_old_version_that_a_pin_has_kept_goes_with_the_next_request(clock: Clock) -> None:
+    """The first one of the new version has spared it, as long as it was pinned."""
+    checked = LifetimeCache(clock)
+    new = CacheOptions(tags=["f@2"])
+    checked.serve(PROMPT, CacheOptions(tags=["f@1"], pin="p"))
+    for _ in range(2):
+        checked.serve([1], new)
+        checked.cache.poll()
+        assert all(checked.known(PROMPT))
+    checked.admin.unpin(PinId("p"))
+
+    checked.serve([1], new)
+    checked.cache.poll()
+
+    assert not any(checked.known(PROMPT))
+    checked.assert_idle()
+
+
 def test_pinned_blocks_are_never_evicted_nor_purged(clock: Clock) -> None:
     """A device that is filled over and over keeps them; their pin is skipped by purge and expiry."""
     checked = LifetimeCache(clock, room=20)

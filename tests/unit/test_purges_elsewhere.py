@@ -292,3 +292,22 @@ def test_what_a_store_has_of_old_goes_though_its_labels_are_known_here(
 
     assert machines.num_objects() == 0
     assert second.known(prompt(1)) == [True] * 3
+
+
+@pytest.mark.parametrize("num_others", [0, 1100])
+def test_an_old_version_that_comes_later_goes_with_the_next_request(
+    machines: Machines, num_others: int
+) -> None:
+    """Another machine works with that one still; of a block with too many tags it is not known."""
+    first, second = machines.start(), machines.start()
+    second.serve([9], CacheOptions(tags=["f@4"]))
+    machines.clock.now_s += 1
+    first.serve(prompt(1), CacheOptions(tags=["f@3"]))
+    for number in range(0, num_others, 50):
+        first.serve(prompt(1), CacheOptions(tags=[f"g{number + at}" for at in range(50)]))
+    first.cache.offload()
+    assert second.serve([*prompt(1), 1], CacheOptions()) == 1
+    second.serve([9], CacheOptions(tags=["f@4"]))
+    quiet(second)
+
+    assert second.serve([*prompt(1), 1], CacheOptions(write=False)) == 13

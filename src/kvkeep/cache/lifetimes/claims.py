@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
+from kvkeep.blocks import TokenChain
 from kvkeep.cache.lifetimes.labels import (
     DEFAULT_PRIORITY,
     ContextId,
@@ -12,10 +13,10 @@ from kvkeep.cache.lifetimes.labels import (
     PinId,
     SessionId,
 )
-from kvkeep.config import TagSpan
+from kvkeep.config import CacheOptions, TagSpan
 from kvkeep.spec import BlockKey
 
-__all__ = ["Claim", "TagPart", "tag_parts"]
+__all__ = ["Claim", "TagPart", "pin_name", "tag_parts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,13 @@ class TagPart:
 
     first: int
     tags: frozenset[str]
+
+
+def pin_name(options: CacheOptions, chain: TokenChain) -> PinId:
+    """The pin of a request: as it calls that, else after the content of its full blocks."""
+    if isinstance(options.pin, str):
+        return PinId(options.pin)
+    return PinId(f"prompt:{chain.keys[-1].hex()[:16]}")
 
 
 def tag_parts(spans: Sequence[TagSpan], block_size: int) -> tuple[TagPart, ...]:

@@ -10,7 +10,7 @@ from time import time
 from typing import Protocol
 
 from kvkeep.blocks import TokenChain
-from kvkeep.cache.lifetimes.claims import Claim, tag_parts
+from kvkeep.cache.lifetimes.claims import Claim, pin_name, tag_parts
 from kvkeep.cache.lifetimes.labels import (
     ContextId,
     Labels,
@@ -113,7 +113,7 @@ class Lifetimes:
             is_silent=not options.write,
         )
         if options.pin and options.publishes and chain.keys:
-            claim.pin, claim.num_pinned = _pin_name(options, chain), len(chain.keys)
+            claim.pin, claim.num_pinned = pin_name(options, chain), len(chain.keys)
         self._claims[claim] = known
         return claim
 
@@ -230,7 +230,7 @@ class Lifetimes:
             return Arrival("expired", [], is_final=is_final)
         if known is None and self.purged.means(key, labels):
             return Arrival("invalidated", [])
-        changes = self._add(key, labels)
+        changes = self._doubted(self._add(key, labels))
         for name in labels.sessions:
             self._note_session(SessionId(namespace, name), labels, is_used=is_used)
         for pin in labels.pins:
@@ -317,7 +317,10 @@ class Lifetimes:
         if len(self._ended_pins) > _MOST_ENDED_PINS:
             self._ended_pins.popitem(last=False)
         keys = [key for _, own in self.register.pinned(pin) for key in own]
-        return self.register.update(keys, lambda old: None if old is None else old.without_pin(pin))
+        changes = self.register.update(
+            keys, lambda old: None if old is None else old.without_pin(pin)
+        )
+        return self._doubted(changes)
 
     @property
     def pins(self) -> dict[PinId, BlockKey]:
@@ -374,19 +377,18 @@ class Lifetimes:
             [key], lambda old: labels if old is None else merge_labels(old, labels)
         )
 
+    def _doubted(self, changes: list[Change]) -> list[Change]:
+        """Blocks that a purge of older versions has not met, or has spared, are about now."""
+        for change in changes:
+            self._newest.doubt(change.new.namespace, change.new.tags)
+        return changes
+
     def _note_session(self, session_id: SessionId, labels: Labels, *, is_used: bool) -> None:
         """A session that labels from a tier name goes on here."""
         if not is_used:
             self.sessions.restore(session_id, labels.created_at)
         elif self.sessions.get(session_id) is None:
             self.sessions.use(session_id, self.clock()).created_at = labels.created_at
-
-
-def _pin_name(options: CacheOptions, chain: TokenChain) -> PinId:
-    """As the request calls its pin, else after the content of its full blocks."""
-    if isinstance(options.pin, str):
-        return PinId(options.pin)
-    return PinId(f"prompt:{chain.keys[-1].hex()[:16]}")
 
 
 def _keys_at(chain: TokenChain, numbers: Sequence[int]) -> Sequence[BlockKey]:

@@ -59,10 +59,12 @@ def renewed_versions(versions: frozenset[str], later: frozenset[str]) -> frozens
 
 
 class NewestVersions:
-    """Which version of each tenant's names came last."""
+    """Which version of each tenant's names came last, as long as no block with another one may be about."""
 
     def __init__(self) -> None:
-        self._name_to_tags: OrderedDict[tuple[BlockKey, str], frozenset[str]] = OrderedDict()
+        self._place_to_tags: OrderedDict[tuple[BlockKey, int, str], frozenset[str]] = OrderedDict()
+        # All that is noted of a tenant is void when its number changes.
+        self._numbers: dict[BlockKey, int] = {}
 
     def arrive(self, namespace: BlockKey, tags: Iterable[str]) -> frozenset[str]:
         """Note the versions among the tags of a request; returns those of names that had others last."""
@@ -73,11 +75,25 @@ class NewestVersions:
                 name_to_tags.setdefault(name, set()).add(tag)
         new: set[str] = set()
         for name, versions in name_to_tags.items():
-            place = namespace, name
-            if self._name_to_tags.get(place) != frozenset(versions):
+            place = self._place(namespace, name)
+            if self._place_to_tags.get(place) != frozenset(versions):
                 new |= versions
-                self._name_to_tags[place] = frozenset(versions)
-            self._name_to_tags.move_to_end(place)
-            if len(self._name_to_tags) > _MOST_NAMES:
-                self._name_to_tags.popitem(last=False)
+                self._place_to_tags[place] = frozenset(versions)
+            self._place_to_tags.move_to_end(place)
+            if len(self._place_to_tags) > _MOST_NAMES:
+                self._place_to_tags.popitem(last=False)
         return frozenset(new)
+
+    def doubt(self, namespace: BlockKey, tags: Iterable[str]) -> None:
+        """A block with these tags is about: of names that had other versions last nothing is noted now."""
+        for tag in tags:
+            if tag == ANY_TAG:
+                self._numbers[namespace] = self._numbers.get(namespace, 0) + 1
+            name = versioned_name(tag)
+            if name is not None:
+                place = self._place(namespace, name)
+                if tag not in self._place_to_tags.get(place, (tag,)):
+                    del self._place_to_tags[place]
+
+    def _place(self, namespace: BlockKey, name: str) -> tuple[BlockKey, int, str]:
+        return namespace, self._numbers.get(namespace, 0), name
