@@ -68,11 +68,13 @@ class SharedMachine(LifetimeMachine):
         dead = [not self.model.is_alive(key) for key in self.model.blocks(salt, prompt)]
         if any(here and is_dead for here, is_dead in zip(found, dead, strict=True)):
             # It lies there, and nobody has judged its labels yet: who asks for it does not get it.
-            lease = self.checked.begin([*prompt, 0], salt, write=False)
+            claim = self.checked.cache.open_claim(CacheOptions(write=False), chain)
+            lease = self.checked.begin([*prompt, 0], salt, write=False, claim=claim)
             for at in starts:
                 is_served = all(gap.stop <= at or gap.start >= at + size for gap in lease.gaps)
                 assert not (dead[at // size] and is_served)
             lease.release()
+            self.checked.cache.close_claim(claim, chain)
             found = [here and not is_dead for here, is_dead in zip(found, dead, strict=True)]
         return found
 
