@@ -296,7 +296,9 @@ def main() -> None:
         tally = asyncio.run(
             run(minutes=options.minutes, streams=options.streams, seed=options.seed, folder=folder)
         )
-        shutil.copy(folder / "server.log", RESULTS.parent.parent / "build" / "soak-server.log")
+        kept = RESULTS.parent.parent / "build" / "soak-server.log"
+        kept.parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "server.log", kept)
     command = " ".join(["python -m benchmarks.soak", *sys.argv[1:]])
     text = report(tally, command)
     print(text)
