@@ -98,16 +98,22 @@ def test_all_parts_of_a_block_of_others_go(machines: Machines, tmp_path: Path) -
         writer.cache.close()
 
 
-def test_until_tiers_are_looked_through_what_comes_is_checked(
-    machines: Machines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The old version is not served although it lies there still, and goes when it is asked for."""
+def outdating(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> LifetimeCache:
+    """A machine with a newer version than another has stored, of which no tier has heard yet."""
     monkeypatch.setattr("kvkeep.cache.searches._PATIENCE_S", 1000.0)
     first, second = machines.start(), machines.start()
     first.serve(prompt(1), CacheOptions(tags=["f@3"]))
     first.cache.offload()
     machines.clock.now_s += 1
-    second.serve(prompt(5), CacheOptions(tags=["f@4"]))
+    second.serve([9], CacheOptions(tags=["f@4"]))
+    return second
+
+
+def test_until_tiers_are_looked_through_what_comes_is_checked(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old version is not served although it lies there still, and goes when it is asked for."""
+    second = outdating(machines, monkeypatch)
     quiet(second)
     num_before = machines.num_objects()
 
@@ -276,12 +282,7 @@ def test_what_a_store_has_of_old_goes_though_its_labels_are_known_here(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Computed here meanwhile, the block stays; what another machine made of it before does not."""
-    monkeypatch.setattr("kvkeep.cache.searches._PATIENCE_S", 1000.0)
-    first, second = machines.start(), machines.start()
-    first.serve(prompt(1), CacheOptions(tags=["f@3"]))
-    first.cache.offload()
-    machines.clock.now_s += 1
-    second.serve([9], CacheOptions(tags=["f@4"]))
+    second = outdating(machines, monkeypatch)
     second.serve(prompt(1), CacheOptions(read=False))
     quiet(second)
     labels = second.lifetimes.register.get(second.chain(prompt(1)).keys[0])

@@ -32,17 +32,21 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvkeep.cache.searches._PATIENCE_S", 1000.0)
 
 
-def overtaken(clock: Clock, tier: Tier) -> LifetimeCache:
-    """What was computed first depends on version 2 now; that of version 1 still purges what is older."""
-    checked = LifetimeCache(clock, tiers=[tier])
+def outdating(tier: Tier) -> LifetimeCache:
+    """A block that depends on nothing, and a purge of all versions but the first that has yet to look."""
+    checked = LifetimeCache(Clock(), tiers=[tier])
     checked.serve(PROMPT, CacheOptions())
-    clock.now_s += 1
+    checked.clock.now_s += 1
     checked.serve([1], CacheOptions(tags=["f@1"]))
-    clock.now_s += 1
+    return checked
+
+
+def overtake(checked: LifetimeCache) -> None:
+    """What was computed first depends on version 2 now."""
+    checked.clock.now_s += 1
     checked.serve(PROMPT, CacheOptions(tags=["f@2"]))
     checked.cache.offload()
     checked.settle()
-    return checked
 
 
 def look_now(checked: LifetimeCache) -> None:
@@ -54,7 +58,8 @@ def look_now(checked: LifetimeCache) -> None:
 def over_disk(folder: Path) -> Iterator[tuple[LifetimeCache, DiskTier]]:
     """A cache overtaken by a newer version, and its disk."""
     tier = disk(folder)
-    checked = overtaken(Clock(), tier)
+    checked = outdating(tier)
+    overtake(checked)
     yield checked, tier
     checked.cache.close()
 
@@ -88,16 +93,9 @@ def test_a_newer_version_is_spared_after_a_restart(
 def test_a_newer_version_is_spared_where_nobody_answered(folder: Path) -> None:
     """A tier that shows nothing is looked through later, for what is old by then."""
     tier = Unlisted(disk(folder))
-    clock = Clock()
-    checked = LifetimeCache(clock, tiers=[tier])
-    checked.serve(PROMPT, CacheOptions())
-    clock.now_s += 1
-    checked.serve([1], CacheOptions(tags=["f@1"]))
+    checked = outdating(tier)
     look_now(checked)
-    clock.now_s += 1
-    checked.serve(PROMPT, CacheOptions(tags=["f@2"]))
-    checked.cache.offload()
-    checked.settle()
+    overtake(checked)
     tier.is_silent = False
 
     ask_again(checked)

@@ -223,8 +223,7 @@ class Forgetting:
         spares: Callable[[Labels], bool] | None,
     ) -> Iterator[list[BlockKey]]:
         """What is meant, in slices that are still meant when they come; looking counts as well."""
-        # Candidates may come twice, under two of the names that are asked for.
-        found: dict[BlockKey, None] = {}
+        found: list[BlockKey] = []
         num_looked = 0
         for labels, keys in candidates:
             num_looked += 1
@@ -235,11 +234,11 @@ class Forgetting:
                     if tombstone.fits_key is None or tombstone.fits_key(key):
                         forgotten.pinned.add(key)
                 elif self._register.is_under(tombstone, key):
-                    found[key] = None
+                    found.append(key)
                 if num_looked >= _SLICE:
-                    yield list(found)
-                    found, num_looked = {}, 0
-        yield list(found)
+                    yield found
+                    found, num_looked = [], 0
+        yield found
 
     def _go_on(self, walk: _Walk) -> None:
         found = next(walk.slices, None)

@@ -265,18 +265,14 @@ class Purges:
         def end(search: Search, missed: Sequence[int]) -> None:
             for at in missed:
                 deletion.leave(tiers[at].name)
-                look_again(search, at)
+                searches.add_left(replace(search, among=(at,), on_done=partial(end_left, at)))
             deletion.end_job()
 
-        def look_again(search: Search, at: int) -> None:
-            searches.add_left(replace(search, among=(at,), on_done=end_left))
-
-        def end_left(search: Search, missed: Sequence[int]) -> None:
-            for at in search.among:
-                if at in missed:
-                    look_again(search, at)
-                else:
-                    deletion.end_left(tiers[at].name)
+        def end_left(at: int, search: Search, missed: Sequence[int]) -> None:
+            if missed:
+                searches.add_left(search)
+            else:
+                deletion.end_left(tiers[at].name)
 
         deletion, searches = forgotten.deletion, below.deletions.searches
         deletion.begin_job()

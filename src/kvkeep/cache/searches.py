@@ -91,7 +91,11 @@ class Searches:
         self._left: list[Search] = []
         self._begins_at = self._rests_until = self._retry_at = 0.0
         self.retry_s = _RETRY_S
-        self.num_under_way = 0
+
+    @property
+    def num_under_way(self) -> int:
+        """Passes that go on."""
+        return int(bool(self._passing))
 
     def add(self, search: Search, *, is_urgent: bool) -> None:
         """Look as soon as the pass that goes on is over, or when it suits."""
@@ -116,10 +120,9 @@ class Searches:
         is_due = monotonic() >= self._begins_at or len(self._waiting) >= _MOST_WAITING
         if self._waiting and is_due and not self.num_under_way:
             self._passing, self._waiting = self._waiting, []
-            self.num_under_way = 1
             if not self._lane.submit(partial(self._work, tuple(self._passing))):
                 # Closed: the journal has what was not looked for.
-                self.num_under_way = 0
+                self._passing = []
 
     def close(self) -> None:
         """Let the pass that goes on come to its end; those that wait are given up."""
@@ -145,7 +148,6 @@ class Searches:
 
     def _finish(self, missed: set[int], took_s: float) -> None:
         """On the owner's thread."""
-        self.num_under_way = 0
         self._rests_until = monotonic() + _REST_PER_PASS * took_s
         searches, self._passing = self._passing, []
         for one in searches:

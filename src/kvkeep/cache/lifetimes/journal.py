@@ -188,13 +188,13 @@ def _renewed(lines: Iterable[_Line]) -> list[_Line]:
     renewed: list[_Line] = []
     newest: dict[frozenset[BlockKey] | None, Query] = {}
     for line in reversed(list(lines)):
-        query = line.query
-        if query is not None and query.versions:
-            later = newest.get(query.namespaces, query)
-            query = query.renewed(later)
-            newest[query.namespaces] = replace(later, versions=later.versions | query.versions)
-            line = msgspec.structs.replace(line, query=query)  # noqa: PLW2901
-        renewed.append(line)
+        if line.query is None or not line.query.versions:
+            renewed.append(line)
+            continue
+        later = newest.get(line.query.namespaces, line.query)
+        query = line.query.renewed(later)
+        newest[query.namespaces] = replace(later, versions=later.versions | query.versions)
+        renewed.append(msgspec.structs.replace(line, query=query))
     return renewed[::-1]
 
 

@@ -19,7 +19,7 @@ from kvkeep.cache.lifetimes.labels import (
     encode_labels,
 )
 from kvkeep.cache.lifetimes.tombstones import LabelGroup, Tombstone
-from kvkeep.cache.lifetimes.versions import versioned_name, versioned_names
+from kvkeep.cache.lifetimes.versions import versioned_names
 from kvkeep.spec import BlockKey
 
 __all__ = ["Change", "Register"]
@@ -134,14 +134,15 @@ class Register:
             return iter(())
         return self._of([group for at, _, group in self._expiries if at <= now_s])
 
-    def tagged(self, tag: str) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
-        """Blocks that a tag means, by labels."""
-        groups = (self._tag_to_groups.get(one, set()) for one in (tag, ANY_TAG))
+    def tagged(self, *tags: str) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
+        """Blocks that one of these tags means, by labels."""
+        groups = (self._tag_to_groups.get(one, set()) for one in (*tags, ANY_TAG))
         return self._of(set().union(*groups))
 
-    def of_session(self, session: SessionId) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
-        """Blocks that a session uses, by labels."""
-        return self._of(self._session_to_groups.get(session, ()))
+    def of_session(self, *sessions: SessionId) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
+        """Blocks that one of these sessions uses, by labels."""
+        groups = (self._session_to_groups.get(one, set()) for one in sessions)
+        return self._of(set().union(*groups))
 
     def pinned(self, pin: PinId) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
         """Blocks that a pin means, by labels."""
@@ -166,11 +167,11 @@ class Register:
         return self._of([one for groups in self._namespace_to_groups.values() for one in groups])
 
     def of_versions(
-        self, namespaces: Iterable[BlockKey] | None, tag: str
+        self, namespaces: Iterable[BlockKey] | None, *tags: str
     ) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
-        """Blocks of tenants (all of them) that may have a version of the same name as `tag`, by labels."""
-        name = versioned_name(tag)
-        if name is None:
+        """Blocks of tenants (all of them) that may have a version of a name of these tags, by labels."""
+        names = versioned_names(tags)
+        if not names:
             return iter(())
         roots = frozenset(self._namespace_to_groups if namespaces is None else namespaces)
         groups = {
@@ -179,7 +180,13 @@ class Register:
             if group.labels.namespace in roots
         }
         return self._of(
-            groups.union(*(self._versions_to_groups.get((root, name), ()) for root in roots))
+            groups.union(
+                *(
+                    self._versions_to_groups.get((root, name), ())
+                    for root in roots
+                    for name in names
+                )
+            )
         )
 
     @property

@@ -144,16 +144,15 @@ class Query:
         return self.used_before is None or used_at is None or used_at <= self.used_before
 
     def candidates(self, register: Register) -> Iterator[tuple[Labels, Collection[BlockKey]]]:
-        """All blocks that may be meant, of those that are known now, by labels; some may come twice."""
+        """All blocks that may be meant, of those that are known now, by labels; each comes once."""
         if self.tags:
-            return chain.from_iterable([register.tagged(tag) for tag in self.tags])
+            return register.tagged(*self.tags)
         if self.versions:
-            return chain.from_iterable(
-                [register.of_versions(self.namespaces, tag) for tag in self.versions]
-            )
+            return register.of_versions(self.namespaces, *self.versions)
         if self.sessions:
-            named = [one for one in register.sessions if one.name in self.sessions]
-            return chain.from_iterable([register.of_session(one) for one in named])
+            return register.of_session(
+                *(one for one in register.sessions if one.name in self.sessions)
+            )
         if self.namespaces is not None:
             return chain.from_iterable([register.of_namespace(one) for one in self.namespaces])
         if self.keys is not None:

@@ -92,7 +92,8 @@ class NewestVersions:
             name = versioned_name(tag)
             if name is not None:
                 place = self._place(namespace, name)
-                if tag not in self._place_to_tags.get(place, (tag,)):
+                noted = self._place_to_tags.get(place)
+                if noted is not None and tag not in noted:
                     del self._place_to_tags[place]
 
     def _place(self, namespace: BlockKey, name: str) -> tuple[BlockKey, int, str]:
